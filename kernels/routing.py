@@ -1,0 +1,120 @@
+"""Routing: which token goes to which expert with what weight, as a sorted sparse list."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Routing:
+    """A sparse (token, expert) matrix with a variable number of experts per token.
+
+    N may be an upper bound: only the first `expert_offsets[E]` assignments count, the rest is padding that no
+    kernel reads. So a router whose true count is known only on the device needs no host synchronisation.
+
+    Attributes:
+        token: (N,) int32, token of each assignment; sorted by expert, stable by token.
+        weight: (N,) floating point, combine weight of each assignment; differentiable.
+        expert_offsets: (E + 1,) int32, the assignments of expert e are [expert_offsets[e], expert_offsets[e + 1]).
+        assignment: (N,) int32, the same list seen by token: the assignments of token t are
+            assignment[token_offsets[t] : token_offsets[t + 1]], in ascending order of expert.
+        token_offsets: (T + 1,) int32.
+    """
+
+    token: Tensor
+    weight: Tensor
+    expert_offsets: Tensor
+    assignment: Tensor
+    token_offsets: Tensor
+
+    @property
+    def num_tokens(self) -> int:
+        return self.token_offsets.numel() - 1
+
+    @property
+    def num_experts(self) -> int:
+        return self.expert_offsets.numel() - 1
+
+    @property
+    def counts(self) -> Tensor:
+        """Assignments of each expert, (E,) int32."""
+        return self.expert_offsets.diff()
+
+    def with_weight(self, weight: Tensor) -> Routing:
+        """The same routing with other combine weights, (N,), in the order of `token`."""
+        return replace(self, weight=weight)
+
+    @classmethod
+    def from_topk(cls, experts: Tensor, weights: Tensor, num_experts: int) -> Routing:
+        """Routing of a top-k router.
+
+        Args:
+            experts: (T, K) integer, distinct expert ids of each token, in [0, num_experts).
+            weights: (T, K) floating point, combine weights; gradients flow back to it.
+            num_experts: E.
+        """
+        num_tokens, top_k = experts.shape
+        token = torch.arange(num_tokens, device=experts.device, dtype=torch.int32).repeat_interleave(top_k)
+        return cls.from_assignments(token, experts.flatten(), weights.flatten(), num_tokens, num_experts)
+
+    @classmethod
+    def from_assignments(
+        cls,
+        token: Tensor,
+        expert: Tensor,
+        weight: Tensor,
+        num_tokens: int,
+        num_experts: int,
+        keep: Tensor | None = None,
+    ) -> Routing:
+        """Routing from a list of assignments in any order.
+
+        Args:
+            token, expert: (N,) integer; a pair must not occur twice.
+            weight: (N,) floating point; gradients flow back to it.
+            num_tokens, num_experts: T and E.
+            keep: (N,) bool, assignments that count; None for all. Those that do not count become padding at the
+                end, so that no device value has to be known by the host.
+        """
+        expert = expert.to(torch.int64)
+        token = token.to(torch.int64)
+        sort_key = expert * num_tokens + token
+        if keep is not None:
+            padding = num_experts * num_tokens
+            sort_key = torch.where(keep, sort_key, padding)
+            expert = torch.where(keep, expert, num_experts)
+        by_expert = sort_key.argsort(stable=True)
+        sorted_expert = expert[by_expert]
+        sorted_token = token[by_expert]
+        by_token_key = sorted_token if keep is None else torch.where(keep[by_expert], sorted_token, num_tokens)
+        by_token = by_token_key.argsort(stable=True)  # stable: ascending expert within a token
+        return cls(
+            token=sorted_token.to(torch.int32),
+            weight=_Permute.apply(weight, by_expert),
+            expert_offsets=_offsets(sorted_expert, num_experts),
+            assignment=by_token.to(torch.int32),
+            token_offsets=_offsets(by_token_key[by_token], num_tokens),
+        )
+
+
+def _offsets(sorted_ids: Tensor, size: int) -> Tensor:
+    """Start of each id in a sorted list, and the end: (size + 1,) int32."""
+    ids = torch.arange(size + 1, device=sorted_ids.device, dtype=sorted_ids.dtype)
+    return torch.searchsorted(sorted_ids, ids).to(torch.int32)
+
+
+class _Permute(torch.autograd.Function):
+    """values[order] for a permutation: its backward is a plain scatter, deterministic and without atomics."""
+
+    @staticmethod
+    def forward(ctx, values: Tensor, order: Tensor) -> Tensor:
+        ctx.save_for_backward(order)
+        return values[order]
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        (order,) = ctx.saved_tensors
+        return torch.empty_like(grad).index_copy_(0, order, grad), None

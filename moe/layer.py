@@ -1,0 +1,63 @@
+"""The MoE layer: router, dispatcher, experts and shared expert."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from ..parallel.dispatchers import Dispatcher, LocalDispatcher
+from .context import ALONE, StepContext
+from .experts import Experts
+from .inject import inject_gradient
+from .recompute import recomputing
+from .routers.base import Router
+from .routers.output import RouterOutput
+
+
+class MoELayer(nn.Module):
+    """Replace a transformer's MLP by experts, of which each token uses a few.
+
+    Args:
+        router: decides which token goes to which expert with what weight.
+        experts: the experts that this rank holds.
+        shared: a module that every token passes besides its experts; None for none.
+        dispatcher: brings tokens to the ranks of their experts; None for one process.
+        index: number of this layer in the model, under which statistics are recorded.
+
+    Shapes: hidden (..., D) -> (..., D). A token that no expert takes (dropped by capacity) gets the shared expert's
+    output, or zeros: in a transformer it goes through the residual.
+    """
+
+    def __init__(
+        self,
+        router: Router,
+        experts: Experts,
+        shared: nn.Module | None = None,
+        dispatcher: Dispatcher | None = None,
+        index: int = 0,
+    ) -> None:
+        super().__init__()
+        self.router = router
+        self.experts = experts
+        self.shared = shared
+        self.dispatcher = dispatcher or LocalDispatcher()
+        self.index = index
+
+    def forward(self, hidden: Tensor, context: StepContext = ALONE) -> Tensor:
+        hidden_TD = hidden.flatten(0, -2)
+        routed = self.router(hidden_TD, context)
+        rows, local_routing, handle = self.dispatcher.dispatch(hidden_TD, routed.routing)
+        out_TD = self.dispatcher.combine(self.experts(rows, local_routing), handle)
+        if self.shared is not None:
+            out_TD = out_TD + self.shared(hidden_TD)
+        if self.training:
+            out_TD = self._inject_losses(out_TD, routed, context)
+        if context.statistics is not None and not recomputing():
+            context.statistics.record(self.index, routed, hidden_TD.shape[0])
+        return out_TD.view_as(hidden)
+
+    def _inject_losses(self, out_TD: Tensor, routed: RouterOutput, context: StepContext) -> Tensor:
+        num_tokens = out_TD.shape[0]
+        scale = num_tokens / (context.global_tokens or max(num_tokens, 1))
+        for loss in routed.losses.values():
+            out_TD = inject_gradient(out_TD, loss, scale)
+        return out_TD
