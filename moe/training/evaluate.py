@@ -1,0 +1,76 @@
+"""Evaluation: cross-entropy, perplexity and bits per byte on the validation text."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..context import StepContext
+from ..data.batches import Batch
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Figures of one evaluation, over all ranks.
+
+    Attributes:
+        loss: mean cross-entropy per target token, in nats, without auxiliary losses.
+        bits_per_byte: total cross-entropy in bits over the bytes of text that the targets stand for, so that models
+            with different tokenizers compare.
+        tokens, num_bytes: what it was measured on.
+    """
+
+    loss: float
+    bits_per_byte: float
+    tokens: int
+    num_bytes: int
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(min(self.loss, 700.0))
+
+    def record(self) -> dict[str, float]:
+        """The evaluation as a line of metrics.jsonl."""
+        return {"valid_loss": self.loss, "perplexity": self.perplexity, "bits_per_byte": self.bits_per_byte}
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    *,
+    device: torch.device,
+    sum_over_ranks: Callable[[Tensor], Tensor],
+    forward_context: Callable[[], AbstractContextManager[None]],
+) -> Evaluation:
+    """Measure the model on this rank's share of the batches and sum over ranks.
+
+    Every rank must be given the same number of batches (sharded models communicate in forward); a rank that has no
+    more text gets batches whose labels are all masked.
+    """
+    was_training = model.training
+    model.eval()
+    total = torch.zeros(3, dtype=torch.float64)
+    for batch in batches:
+        context = StepContext(num_sequences=batch.tokens.shape[0])
+        with forward_context():
+            loss_sum = model(
+                batch.tokens.to(device, non_blocking=True),
+                batch.labels.to(device, non_blocking=True),
+                cu_seqlens=batch.cu_seqlens,
+                context=context,
+            )
+        total += torch.tensor([loss_sum.item(), batch.num_targets, batch.num_bytes], dtype=torch.float64)
+    model.train(was_training)
+    loss_sum, tokens, num_bytes = sum_over_ranks(total.to(device)).tolist()
+    return Evaluation(
+        loss=loss_sum / max(tokens, 1.0),
+        bits_per_byte=loss_sum / math.log(2.0) / max(num_bytes, 1.0),
+        tokens=int(tokens),
+        num_bytes=int(num_bytes),
+    )
