@@ -38,35 +38,66 @@ def activate(name: str, h: Tensor) -> Tensor:
     return _FORWARD[name](h)
 
 
-def activate_backward(name: str, h: Tensor, grad: Tensor) -> Tensor:
-    """Gradient of `activate` with respect to h.
+def activate_out(name: str, h: Tensor, out: Tensor, inner: Tensor) -> None:
+    """`activate` into a buffer, without a graph and without temporaries.
 
-    Shapes: h (N, 2F) or (N, F), grad (N, F) -> like h.
+    Args:
+        h: (N, 2F) or (N, F).
+        out: (N, F), receives the result.
+        inner: (N, F), receives act(gate) of a gated activation, which `activate_backward_out` needs; may be `out`
+            itself where no backward follows. Left alone by the others.
     """
-    if not is_gated(name):
-        return _backward(name, h, grad)
-    gate, up = h.chunk(2, dim=-1)
-    grad_h = torch.empty_like(h)
-    grad_gate, grad_up = grad_h.chunk(2, dim=-1)
-    torch.mul(grad, _FORWARD[GATED[name]](gate), out=grad_up)
-    grad_gate.copy_(_backward(GATED[name], gate, grad * up))
-    return grad_h
+    if is_gated(name):
+        gate, up = h.chunk(2, dim=-1)
+        _FORWARD_OUT[GATED[name]](gate, inner)
+        torch.mul(inner, up, out=out)
+    else:
+        _FORWARD_OUT[name](h, out)
+
+
+def activate_backward_out(name: str, h: Tensor, grad: Tensor, grad_h: Tensor) -> None:
+    """Gradient of `activate` with respect to h, into a buffer. Overwrites `grad`.
+
+    Args:
+        h: (N, 2F) or (N, F).
+        grad: (N, F), gradient of the result.
+        grad_h: like h, receives the gradient. For a gated activation its second half holds act(gate) before: it was
+            the `inner` of `activate_out`.
+    """
+    if is_gated(name):
+        gate, up = h.chunk(2, dim=-1)
+        grad_gate, grad_up = grad_h.chunk(2, dim=-1)
+        grad_up.mul_(grad)
+        _BACKWARD_OUT[GATED[name]](grad.mul_(up), gate, grad_gate)
+    else:
+        _BACKWARD_OUT[name](grad, h, grad_h)
 
 
 def _relu2(x: Tensor) -> Tensor:
     return F.relu(x).square()
 
 
+def _relu2_out(x: Tensor, out: Tensor) -> None:
+    torch.clamp_min(x, 0, out=out)
+    out.mul_(out)
+
+
+def _relu2_backward_out(grad: Tensor, x: Tensor, out: Tensor) -> None:
+    torch.clamp_min(x, 0, out=out)
+    out.mul_(grad).mul_(2)
+
+
+_aten = torch.ops.aten
 _FORWARD: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu, "relu2": _relu2}
-
-
-def _backward(name: str, x: Tensor, grad: Tensor) -> Tensor:
-    match name:
-        case "silu":
-            return torch.ops.aten.silu_backward(grad, x)
-        case "gelu":
-            return torch.ops.aten.gelu_backward(grad, x)
-        case "relu":
-            return grad * (x > 0)
-        case _:
-            return grad * F.relu(x) * 2
+_FORWARD_OUT: dict[str, Callable[[Tensor, Tensor], object]] = {
+    "silu": lambda x, out: _aten.silu.out(x, out=out),
+    "gelu": lambda x, out: _aten.gelu.out(x, out=out),
+    "relu": lambda x, out: torch.clamp_min(x, 0, out=out),
+    "relu2": _relu2_out,
+}
+_BACKWARD_OUT: dict[str, Callable[[Tensor, Tensor, Tensor], object]] = {
+    "silu": lambda grad, x, out: _aten.silu_backward.grad_input(grad, x, grad_input=out),
+    "gelu": lambda grad, x, out: _aten.gelu_backward.grad_input(grad, x, grad_input=out),
+    "relu": lambda grad, x, out: _aten.threshold_backward.grad_input(grad, x, 0, grad_input=out),
+    "relu2": _relu2_backward_out,
+}

@@ -48,17 +48,33 @@ class Routing:
         return replace(self, weight=weight)
 
     @classmethod
-    def from_topk(cls, experts: Tensor, weights: Tensor, num_experts: int) -> Routing:
-        """Routing of a top-k router.
+    def from_topk(cls, experts: Tensor, weights: Tensor, num_experts: int, keep: Tensor | None = None) -> Routing:
+        """Routing of a router that fills up to K slots per token.
 
         Args:
             experts: (T, K) integer, distinct expert ids of each token, in [0, num_experts).
             weights: (T, K) floating point, combine weights; gradients flow back to it.
             num_experts: E.
+            keep: (T, K) bool, slots that count; None for all. Those that do not count become padding at the end.
         """
         num_tokens, top_k = experts.shape
-        token = torch.arange(num_tokens, device=experts.device, dtype=torch.int32).repeat_interleave(top_k)
-        return cls.from_assignments(token, experts.flatten(), weights.flatten(), num_tokens, num_experts)
+        slots = experts if keep is None else torch.where(keep, experts, num_experts)
+        # Slots lie in order of tokens, so one stable sort by expert is enough, and short keys are sorted faster.
+        sorted_expert, order = slots.flatten().to(_narrow_int(num_experts)).sort(stable=True)
+        position = torch.empty_like(order).index_copy_(0, order, torch.arange(order.numel(), device=order.device))
+        position = position.view(num_tokens, top_k).sort(dim=-1).values  # ascending expert; padding last
+        if keep is None:
+            assignment = position.flatten()
+            token_offsets = torch.arange(num_tokens + 1, device=experts.device, dtype=torch.int32) * top_k
+        else:
+            assignment, token_offsets = _compact(position, keep.sum(-1))
+        return cls(
+            token=torch.div(order, max(top_k, 1), rounding_mode="floor").to(torch.int32),
+            weight=_Permute.apply(weights.flatten(), order),
+            expert_offsets=_offsets(sorted_expert, num_experts),
+            assignment=assignment.to(torch.int32),
+            token_offsets=token_offsets,
+        )
 
     @classmethod
     def from_assignments(
@@ -79,31 +95,54 @@ class Routing:
             keep: (N,) bool, assignments that count; None for all. Those that do not count become padding at the
                 end, so that no device value has to be known by the host.
         """
-        expert = expert.to(torch.int64)
-        token = token.to(torch.int64)
-        sort_key = expert * num_tokens + token
+        padding = num_experts * num_tokens
+        key = expert.to(torch.int64) * num_tokens + token
         if keep is not None:
-            padding = num_experts * num_tokens
-            sort_key = torch.where(keep, sort_key, padding)
-            expert = torch.where(keep, expert, num_experts)
-        by_expert = sort_key.argsort(stable=True)
+            key = torch.where(keep, key, padding)
+        by_expert = key.to(_narrow_int(padding)).argsort(stable=True)
         sorted_expert = expert[by_expert]
         sorted_token = token[by_expert]
-        by_token_key = sorted_token if keep is None else torch.where(keep[by_expert], sorted_token, num_tokens)
-        by_token = by_token_key.argsort(stable=True)  # stable: ascending expert within a token
+        by_token_key = sorted_token
+        if keep is not None:
+            kept = keep[by_expert]
+            sorted_expert = torch.where(kept, sorted_expert, num_experts)
+            by_token_key = torch.where(kept, sorted_token, num_tokens)
+        # Stable: ascending expert within a token.
+        sorted_by_token, by_token = by_token_key.to(_narrow_int(num_tokens)).sort(stable=True)
         return cls(
             token=sorted_token.to(torch.int32),
             weight=_Permute.apply(weight, by_expert),
             expert_offsets=_offsets(sorted_expert, num_experts),
             assignment=by_token.to(torch.int32),
-            token_offsets=_offsets(by_token_key[by_token], num_tokens),
+            token_offsets=_offsets(sorted_by_token, num_tokens),
         )
+
+
+def _narrow_int(largest: int) -> torch.dtype:
+    """The shortest integer type for ids up to `largest`; sorting time grows with the width of the keys."""
+    return torch.int16 if largest < 2**15 else torch.int32 if largest < 2**31 else torch.int64
 
 
 def _offsets(sorted_ids: Tensor, size: int) -> Tensor:
     """Start of each id in a sorted list, and the end: (size + 1,) int32."""
     ids = torch.arange(size + 1, device=sorted_ids.device, dtype=sorted_ids.dtype)
-    return torch.searchsorted(sorted_ids, ids).to(torch.int32)
+    return torch.searchsorted(sorted_ids, ids, out_int32=True)
+
+
+def _compact(position: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
+    """List the first `kept[t]` entries of each row one after the other, and all others behind them.
+
+    Shapes: position (T, K), kept (T,) -> (T * K,), and the start of each row in it (T + 1,) int32.
+    """
+    num_tokens, top_k = position.shape
+    column = torch.arange(top_k, device=position.device)
+    end = kept.cumsum(0)
+    start = end - kept
+    row = torch.arange(num_tokens, device=position.device)[:, None] * top_k
+    others = kept.sum() + row - end[:, None]  # where the rest of a row goes, less its column
+    place = torch.where(column < kept[:, None], start[:, None], others) + column
+    assignment = torch.empty_like(position).flatten().index_copy_(0, place.flatten(), position.flatten())
+    return assignment, torch.nn.functional.pad(end, (1, 0)).to(torch.int32)
 
 
 class _Permute(torch.autograd.Function):

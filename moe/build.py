@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from ..kernels import ConfigError
-from .components import build, check, target_of
+from .components import build, check
 from .experts import Experts
 from .models.config import ModelConfig
 from .models.counts import ModelCounts, count_model
@@ -48,8 +48,7 @@ class ModelPlan:
         model = check(ModelConfig, node, "model")
         plan = cls(model, config["router"], config["experts"], config["dispatcher"])
         if plan.is_moe:
-            with torch.device("meta"):
-                plan.make_router(), plan.make_experts()
+            plan.counts()  # builds a router and experts on the meta device, which checks their settings
             build(plan.dispatcher, "dispatcher")
         return plan
 
@@ -57,13 +56,23 @@ class ModelPlan:
     def is_moe(self) -> bool:
         return any(self.config.is_moe(layer) for layer in range(self.config.layers))
 
-    @property
-    def experts_per_token(self) -> int:
-        """Experts that count as active for a token: K of a top-k router, the cap of another, or all."""
+    def counts(self, sequence_length: int | None = None) -> ModelCounts:
+        """Parameters and FLOPs. Active experts of a token: K of a top-k router, the upper bound of another.
+
+        Args:
+            sequence_length: for the attention term of the FLOPs; None for model.max_positions.
+        """
         if not self.is_moe:
-            return 0
+            return count_model(self.config, sequence_length=sequence_length)
         with torch.device("meta"):
-            return self.make_router().max_experts_per_token
+            router, experts = self.make_router(), self.make_experts()
+        return count_model(
+            self.config,
+            router.max_experts_per_token,
+            experts.activation,
+            sequence_length,
+            router_parameters=sum(parameter.numel() for parameter in router.parameters()),
+        )
 
     def make_router(self) -> Router:
         return build(self.router, "router", width=self.config.width, num_experts=self.config.num_experts)

@@ -1,0 +1,1 @@
+"""Commands that a person types: they read a configuration, call the floors below and print."""

@@ -2,10 +2,53 @@
 
 from __future__ import annotations
 
-import json
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from ...kernels import CheckpointError
-from ...parallel.checkpoint import Checkpointer, newest_checkpoint, read_meta
+from ...parallel.checkpoint import load_weights, read_meta
+from ..build import ModelPlan
+from ..data.tokenizer import Tokenizer, tokenizer_from
+from ..models.transformer import Transformer
+from .resume import checkpoint_of
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A trained model, ready to generate text or to be evaluated.
+
+    Attributes:
+        model: in evaluation mode, float32, on the device asked for.
+        tokenizer: the one that it was trained with.
+        config: of its run, resolved.
+        step: optimizer steps that it was trained for.
+        checkpoint: the folder that it came from.
+    """
+
+    model: Transformer
+    tokenizer: Tokenizer
+    config: dict[str, Any]
+    step: int
+    checkpoint: Path
+
+
+def load_model(source: Path, device: torch.device | str = "cpu") -> LoadedModel:
+    """Build the model of a checkpoint and read its weights.
+
+    Args:
+        source: a run folder (its newest whole checkpoint is taken) or one of its checkpoints.
+
+    Raises: CheckpointError if there is no whole checkpoint; DataError if its tokenizer's file is gone or has changed.
+    """
+    checkpoint = checkpoint_of(source, "source")
+    meta = read_meta(checkpoint)
+    tokenizer = tokenizer_from(meta["tokenizer"], checkpoint.parent.parent)
+    plan = ModelPlan.from_config(meta["config"], tokenizer.vocab_size)
+    with torch.device("meta"):
+        model = plan.make_model()
+    model.to_empty(device=device)
+    model.reset_parameters(0)  # also fills what a checkpoint does not hold, such as rotary frequencies
+    load_weights(checkpoint, model)
+    return LoadedModel(model.eval(), tokenizer, meta["config"], meta["progress"]["step"], checkpoint)

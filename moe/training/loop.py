@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -19,6 +20,7 @@ from .display import Display
 from .evaluate import Evaluation, evaluate
 from .optimizers import set_learning_rate
 from .preemption import Preemption
+from .progress import Progress
 from .router_statistics import RouterStatistics, StepStatistics
 from .schedules import Schedule
 from .seeds import seed_everything
@@ -26,25 +28,6 @@ from .settings import TrainerSettings
 from .sinks import MetricSinks
 from .step_guard import FirstNonFiniteOutput, NonFiniteError, StepGuard, first_non_finite_gradient
 from .throughput import Meter
-
-
-@dataclass
-class Progress:
-    """Where a run stands; part of every checkpoint.
-
-    Attributes:
-        step: optimizer steps done; the next one has this number, counting from 0.
-        samples: sequences consumed, the position in the data.
-        tokens: tokens consumed.
-        skipped: steps that were skipped because a value was not finite.
-        best_valid_loss: lowest validation loss so far.
-    """
-
-    step: int = 0
-    samples: int = 0
-    tokens: int = 0
-    skipped: int = 0
-    best_valid_loss: float | None = None
 
 
 @dataclass
@@ -70,33 +53,31 @@ class Loop:
     expert_every: int = 0
 
     def __post_init__(self) -> None:
-        self.guard = StepGuard(self.settings.max_skipped_steps, self.progress.skipped)
+        self.guard = StepGuard(self.settings.max_skipped_steps, self.progress.skipped, self.progress.skipped_in_a_row)
         self.last_evaluation: Evaluation | None = None
-        self._saved_step: int | None = None
+        self._saved_step = self.progress.step  # a resumed run has its checkpoint, a new one has nothing to save
 
     def run(self) -> bool:
         """Train to the last step. False if a signal asked to stop before; the state is saved either way."""
-        settings = self.settings
+        steps, progress = self.settings.steps, self.progress
         with Preemption() as preemption:
-            while self.progress.step < settings.steps:
+            self._evaluate_if_due()  # a run that was told to stop after a step has saved it first
+            while progress.step < steps:
                 stop = self._step(preemption.requested)
-                step = self.progress.step
-                if stop:
+                if stop and progress.step < steps:
                     self._save()
                     self.checkpointer.wait()
                     return False
-                if _due(step, settings.eval_every) and step < settings.steps:
-                    self.evaluate(settings.eval_batches)
-                if _due(step, settings.checkpoint_every) and step < settings.steps:
+                self._evaluate_if_due()
+                if _due(progress.step, self.settings.checkpoint_every) and progress.step < steps:
                     self._save()
-        if self.last_evaluation is None or settings.eval_batches is not None or self._evaluated_step != settings.steps:
             self.evaluate(None)
-        self._save()
-        self.checkpointer.wait()
+            self._save()
+            self.checkpointer.wait()
         return True
 
     def evaluate(self, limit: int | None) -> Evaluation:
-        """Evaluate on the validation split (or `limit` batches of it per rank) and log the figures."""
+        """Evaluate on the validation split (or `limit` micro-batches of it per rank) and log the figures."""
         evaluation = evaluate(
             self.engine.model,
             self.valid_batches(limit),
@@ -104,7 +85,7 @@ class Loop:
             sum_over_ranks=sum_over_ranks,
             forward_context=self.engine.evaluation_context,
         )
-        self.last_evaluation, self._evaluated_step = evaluation, self.progress.step
+        self.last_evaluation, self.progress.evaluated_step = evaluation, self.progress.step
         best = self.progress.best_valid_loss
         if best is None or evaluation.loss < best:
             self.progress.best_valid_loss = evaluation.loss
@@ -112,14 +93,22 @@ class Loop:
         self.meter.pause()
         return evaluation
 
+    def _evaluate_if_due(self) -> None:
+        step = self.progress.step
+        is_new = self.progress.evaluated_step != step and 0 < step < self.settings.steps
+        if is_new and _due(step, self.settings.eval_every):
+            limit = self.settings.eval_batches
+            self.evaluate(None if limit is None else limit * self.batches.micro_batches)
+
     def _step(self, stop_requested: bool) -> bool:
         """One optimizer step; returns whether any rank was asked to stop."""
         step = self.progress.step
         seed_everything(self.seed, "step", step, self.process.rank)
         micro_batches = self.batches.step(step)
         loss_sum = self._forward_backward(micro_batches)
-        totals = sum_over_ranks(torch.stack([loss_sum, loss_sum.new_tensor(float(stop_requested))]))
-        loss, stops = totals.tolist()
+        num_bytes = sum(batch.num_bytes for batch in micro_batches)
+        shares = torch.stack([loss_sum, loss_sum.new_tensor(stop_requested), loss_sum.new_tensor(num_bytes)])
+        loss, stops, num_bytes = sum_over_ranks(shares).tolist()
         grad_norm = float(self.engine.clip(self.settings.gradient_clip))
         statistics = self.statistics.reduce(sum_over_ranks)
         lr = self.peak_lr * self.schedule(step, self.settings.steps)
@@ -135,8 +124,10 @@ class Loop:
         self.progress.step = step + 1
         self.progress.samples += self.batches.global_batch_size
         self.progress.tokens += self.batches.tokens_per_step
-        self.progress.skipped = self.guard.skipped
-        self._log_step({"loss": loss, "grad_norm": grad_norm, "lr": lr}, statistics)
+        self.progress.skipped, self.progress.skipped_in_a_row = self.guard.skipped, self.guard.in_a_row
+        bits_per_byte = loss * self.batches.targets_per_step / math.log(2.0) / max(num_bytes, 1.0)
+        figures = {"loss": loss, "train_bits_per_byte": bits_per_byte, "grad_norm": grad_norm, "lr": lr}
+        self._log_step(figures, statistics)
         return stops > 0
 
     def _forward_backward(self, micro_batches: list[Batch]) -> Tensor:
@@ -146,7 +137,7 @@ class Loop:
         every reduction over ranks is a plain sum.
         """
         device = self.process.device
-        loss_sum = torch.zeros((), dtype=torch.float64 if device.type == "cpu" else torch.float32, device=device)
+        loss_sum = torch.zeros((), dtype=torch.float64, device=device)
         for index, batch in enumerate(micro_batches):
             context = StepContext(
                 num_sequences=batch.tokens.shape[0],
@@ -190,12 +181,13 @@ class Loop:
 
     def _log_step(self, figures: dict[str, float], statistics: StepStatistics) -> None:
         speed = self.meter.step(self.batches.tokens_per_step)
-        step = self.progress.step
-        if _due(step, self.settings.log_every) or step == self.settings.steps:
+        step, is_last = self.progress.step, self.progress.step == self.settings.steps
+        self.progress.seconds += self.meter.last_seconds
+        if is_last or _due(step, self.settings.log_every):
             record = {"step": step, **figures, **speed, "tokens": self.progress.tokens}
             self._log({**record, "skipped_steps": self.guard.skipped, **statistics.summary()})
-        if self.moe_layers and (_due(step, self.expert_every) or step == self.settings.steps):
-            self.sinks.log_experts(step, [index for index, _ in self.moe_layers], statistics)
+        if self.moe_layers and (is_last or _due(step, self.expert_every)):
+            self.sinks.log_experts(step, statistics.per_layer())
 
     def _log(self, record: dict[str, Any]) -> None:
         self.sinks.log(record)
@@ -206,9 +198,14 @@ class Loop:
         step = self.progress.step
         if self._saved_step == step:
             return
-        evaluated_now = self.last_evaluation is not None and self._evaluated_step == step
-        metric = self.last_evaluation.loss if evaluated_now and self.last_evaluation else None
-        meta = {**self.checkpoint_meta, "progress": asdict(self.progress), "seed": self.seed}
+        evaluation = self.last_evaluation if self.progress.evaluated_step == step else None
+        meta = {
+            **self.checkpoint_meta,
+            "progress": asdict(self.progress),
+            "evaluation": evaluation.record() if evaluation else None,
+            "finished": step == self.settings.steps,
+        }
+        metric = evaluation.loss if evaluation else None
         self.checkpointer.save(step, self.engine.state_dict(), meta, metric=metric)
         self._saved_step = step
         self.meter.pause()

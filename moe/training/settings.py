@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any
 
 from ...kernels import ConfigError
 
 PRECISIONS = ("fp32", "bf16")
 CHECKPOINTING = ("none", "full", "selective")
+DEVICES = ("auto", "cpu", "cuda")
+WANDB_MODES = ("disabled", "offline", "online")
+DISPLAYS = ("auto", "rich", "plain", "none")
 
 
 @dataclass(frozen=True)
@@ -21,9 +26,10 @@ class TrainerSettings:
         activation_checkpointing: none; full: keep each block's input only; selective: keep attention, recompute MLPs.
         compile: torch.compile each block.
         eval_every, checkpoint_every: steps between; 0 for only at the end.
-        eval_batches: micro-batches per rank of an evaluation during the run; None for the whole validation split.
+        eval_batches: validation text of an evaluation during the run, in global batches; None for the whole split.
             The evaluation at the end always reads the whole split.
-        keep_last, keep_best: which checkpoints stay.
+        keep_last: how many of the newest checkpoints stay.
+        keep_best: the checkpoint with the lowest validation loss stays too, of those saved right after an evaluation.
         asynchronous_checkpoints: write in the background while training goes on.
         log_every: steps between train lines.
         deterministic: refuse operations that do not give the same bits twice.
@@ -52,9 +58,9 @@ class TrainerSettings:
     device: str = "auto"
 
     def __post_init__(self) -> None:
-        self._one_of("precision", PRECISIONS)
-        self._one_of("activation_checkpointing", CHECKPOINTING)
-        self._one_of("device", ("auto", "cpu", "cuda"))
+        _one_of(self, "trainer", "precision", PRECISIONS)
+        _one_of(self, "trainer", "activation_checkpointing", CHECKPOINTING)
+        _one_of(self, "trainer", "device", DEVICES)
         for name, least in (
             ("steps", 1),
             ("eval_every", 0),
@@ -63,15 +69,54 @@ class TrainerSettings:
             ("log_every", 1),
             ("max_skipped_steps", 1),
         ):
-            value = getattr(self, name)
-            if value < least:
-                raise ConfigError(f"trainer.{name}={value} is too small, allowed: {least} or more")
+            _at_least(self, "trainer", name, least)
         if self.eval_batches is not None and self.eval_batches < 1:
             raise ConfigError(f"trainer.eval_batches={self.eval_batches} is too small, allowed: null, 1 or more")
         if self.gradient_clip is not None and not self.gradient_clip > 0:
             raise ConfigError(f"trainer.gradient_clip={self.gradient_clip} is out of range, allowed: null, above 0")
 
-    def _one_of(self, name: str, allowed: tuple[str, ...]) -> None:
-        value = getattr(self, name)
-        if value not in allowed:
-            raise ConfigError(f"trainer.{name}={value!r} is unknown, allowed: {', '.join(allowed)}")
+
+@dataclass(frozen=True)
+class LoggerSettings:
+    """What the `logger` group of a config holds: where figures go besides metrics.jsonl.
+
+    Attributes:
+        wandb: disabled, offline (files under RUN/wandb, for `wandb sync`) or online.
+        project, name, group, tags: of the wandb run; name is the run folder's where it is null.
+        tensorboard: write RUN/tensorboard.
+        display: rich (a live panel), plain (a line each time), none; auto: rich on a terminal, plain elsewhere.
+        expert_every: steps between lines of experts.jsonl; 0 for only the last step.
+    """
+
+    wandb: str = "disabled"
+    project: str = "scatterfold"
+    name: str | None = None
+    group: str | None = None
+    tags: tuple[str, ...] = ()
+    tensorboard: bool = False
+    display: str = "auto"
+    expert_every: int = 10
+
+    def __post_init__(self) -> None:
+        _one_of(self, "logger", "wandb", WANDB_MODES)
+        _one_of(self, "logger", "display", DISPLAYS)
+        _at_least(self, "logger", "expert_every", 0)
+        if self.wandb != "disabled" and not find_spec("wandb"):
+            raise ConfigError(f"logger.wandb={self.wandb} needs the package wandb, allowed: disabled, or install wandb")
+        if self.tensorboard and not find_spec("tensorboard"):
+            raise ConfigError(
+                "logger.tensorboard=true needs the package tensorboard, allowed: false, or install "
+                "scatterfold[tensorboard]"
+            )
+
+
+def _one_of(settings: Any, group: str, name: str, allowed: tuple[str, ...]) -> None:
+    value = getattr(settings, name)
+    if value not in allowed:
+        raise ConfigError(f"{group}.{name}={value!r} is unknown, allowed: {', '.join(allowed)}")
+
+
+def _at_least(settings: Any, group: str, name: str, least: int) -> None:
+    value = getattr(settings, name)
+    if value < least:
+        raise ConfigError(f"{group}.{name}={value} is too small, allowed: {least} or more")

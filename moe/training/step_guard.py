@@ -17,13 +17,13 @@ class StepGuard:
 
     Args:
         limit: the run stops when this many steps in a row had to be skipped.
-        skipped: steps skipped so far in the run, from a checkpoint.
+        skipped, in_a_row: steps skipped so far in the run, in all and lately, from a checkpoint.
     """
 
-    def __init__(self, limit: int, skipped: int = 0) -> None:
+    def __init__(self, limit: int, skipped: int = 0, in_a_row: int = 0) -> None:
         self.limit = limit
         self.skipped = skipped
-        self.in_a_row = 0
+        self.in_a_row = in_a_row
 
     def allows(self, loss: float, grad_norm: float) -> bool:
         """Whether to take the step; counts it as skipped if not."""
@@ -67,8 +67,8 @@ class FirstNonFiniteOutput:
 
     def _hook(self, name: str):
         def look(module: nn.Module, inputs: object, output: object) -> None:
-            if self.name is None and isinstance(output, Tensor) and output.is_floating_point():
-                if not bool(torch.isfinite(output).all()):
-                    self.name = name
+            looks = self.name is None and isinstance(output, Tensor) and output.is_floating_point()
+            if looks and not bool(torch.isfinite(output).all()):
+                self.name = name
 
         return look

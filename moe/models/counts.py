@@ -1,0 +1,99 @@
+"""Parameters and floating-point operations of a model, from its configuration alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ...kernels import is_gated
+from .config import ModelConfig
+
+
+@dataclass(frozen=True)
+class ModelCounts:
+    """Sizes of a model.
+
+    Attributes:
+        total: all parameters.
+        active: parameters that one token uses; of the experts, those it is routed to.
+        embedding: of these, the token table (which a lookup reads and no matrix product), and the head if tied to it.
+        flops_per_token: floating-point operations of forward and backward, as `flops_per_token` counts them.
+    """
+
+    total: int
+    active: int
+    embedding: int
+    flops_per_token: float
+
+
+def count_model(
+    config: ModelConfig,
+    experts_per_token: int = 0,
+    expert_activation: str = "swiglu",
+    sequence_length: int | None = None,
+    router_parameters: int | None = None,
+) -> ModelCounts:
+    """Count a model without building it.
+
+    Args:
+        experts_per_token: K; experts that count as active.
+        expert_activation: of the experts; a gated one has three matrices, another two.
+        sequence_length: S for the attention term of the FLOPs; None for model.max_positions.
+        router_parameters: of one router; None for E x D, a gate without bias.
+    """
+    moe_layers = sum(config.is_moe(layer) for layer in range(config.layers))
+    if router_parameters is None:
+        router_parameters = config.num_experts * config.width
+    total = active = _embedding(config) + _head(config) + config.width  # and the final norm
+    shared_by_all = config.layers * (_attention(config) + 2 * config.width)
+    shared_by_all += (config.layers - moe_layers) * _mlp(config, config.ffn_width, config.activation)
+    shared_by_all += moe_layers * (router_parameters + _shared_expert(config))
+    expert = _mlp(config, config.expert_width, expert_activation)
+    total += shared_by_all + moe_layers * config.num_experts * expert
+    active += shared_by_all + moe_layers * min(experts_per_token, config.num_experts) * expert
+    flops = flops_per_token(config, active, sequence_length or config.max_positions)
+    return ModelCounts(total=total, active=active, embedding=_embedding(config), flops_per_token=flops)
+
+
+def flops_per_token(config: ModelConfig, active: int, sequence_length: int) -> float:
+    """Floating-point operations of one token's forward and backward pass: 6 N + 12 L H W C.
+
+    - N: active parameters but for the token table, which is looked up; a tied table counts once, as the head. Each
+      costs one multiplication and one addition forward, and twice that backward (2001.08361, section 2.1).
+    - L layers of H heads of width W: queries times keys, and probabilities times values, are 2 W operations each for
+      each of the C tokens that a token sees; times three for forward and backward.
+    - C = (S + 1) / 2, the mean over a causal sequence of S tokens, or less with a sliding window. Document boundaries
+      are not known here and not subtracted.
+
+    Recomputation by activation checkpointing does not count: this is work asked for, not work done.
+    """
+    in_products = active if config.tie_embeddings else active - _embedding(config)
+    window = min(config.sliding_window or sequence_length, sequence_length)
+    seen = (window * (window + 1) / 2 + (sequence_length - window) * window) / sequence_length
+    return 6.0 * in_products + 12.0 * config.layers * config.heads * config.head_size * seen
+
+
+def _embedding(config: ModelConfig) -> int:
+    return config.vocab_size * config.width
+
+
+def _head(config: ModelConfig) -> int:
+    return 0 if config.tie_embeddings else _embedding(config)
+
+
+def _attention(config: ModelConfig) -> int:
+    queries = config.heads * config.head_size
+    keys = config.num_kv_heads * config.head_size
+    biases = queries + 2 * keys if config.attention_bias else 0
+    norms = {"none": 0, "head": 2 * config.head_size, "projection": queries + keys}[config.qk_norm]
+    return config.width * (2 * queries + 2 * keys) + biases + norms
+
+
+def _mlp(config: ModelConfig, hidden: int | None, activation: str) -> int:
+    return config.width * (hidden or 0) * (3 if is_gated(activation) else 2)
+
+
+def _shared_expert(config: ModelConfig) -> int:
+    if config.shared_expert_width is None:
+        return 0
+    gate = config.width if config.shared_expert_gate else 0
+    return _mlp(config, config.shared_expert_width, config.activation) + gate

@@ -1,0 +1,280 @@
+"""A training run from its configuration to its report: where all parts are put together.
+
+Read `train` first: it is the whole story. Each line of it is a part that lives in its own file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...kernels import ConfigError
+from ...parallel.checkpoint import Checkpointer
+from ...parallel.engines import Engine
+from ...parallel.layout import Layout
+from ...parallel.process import Process, broadcast, running, together
+from ..build import ModelPlan
+from ..components import build, check
+from ..data import Data, DataSettings, open_data, open_tokenizer
+from .display import Display, make_display, quantity
+from .environment import describe_environment
+from .loop import Loop
+from .optimizers import AdamW
+from .progress import Progress
+from .resume import Start, check_same_data, choose_start
+from .router_statistics import RouterStatistics
+from .run_folder import RunFolder
+from .schedules import Schedule
+from .seeds import deterministic_algorithms
+from .settings import LoggerSettings, TrainerSettings
+from .sinks import MetricSinks, open_sinks
+from .summary import conclude, header
+from .throughput import Meter, device_peak
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """How a run ended.
+
+    Attributes:
+        completed: False if a signal stopped it before its last step; the same command goes on from there.
+        run_dir: where everything about it is.
+        step: optimizer steps done.
+        valid_loss, bits_per_byte: of the last evaluation; None if there was none yet.
+    """
+
+    completed: bool
+    run_dir: Path
+    step: int
+    valid_loss: float | None
+    bits_per_byte: float | None
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """A configuration, checked and turned into objects that take no memory and need no other process."""
+
+    config: dict[str, Any]
+    seed: int
+    trainer: TrainerSettings
+    logger: LoggerSettings
+    data: DataSettings
+    model: ModelPlan
+    optimizer: AdamW
+    schedule: Schedule
+    engine: Any
+    layout: Layout
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> RunPlan:
+        """Raises: ConfigError or DataError that names the field, its value and what is allowed."""
+        config = dict(config)
+        seed = config.get("seed", 0)
+        if not isinstance(seed, int) or isinstance(seed, bool):
+            raise ConfigError(f"seed={seed!r} is no whole number, allowed: 0, 1, 2, …")
+        data = check(DataSettings, config.get("data") or {}, "data")
+        model = ModelPlan.from_config(config, open_tokenizer(data.tokenizer, data.eod).vocab_size)
+        if data.sequence_length > model.config.max_positions:
+            raise ConfigError(
+                f"data.sequence_length={data.sequence_length} is longer than model.max_positions="
+                f"{model.config.max_positions}, allowed: up to that"
+            )
+        return cls(
+            config=config,
+            seed=seed,
+            trainer=check(TrainerSettings, config["trainer"], "trainer"),
+            logger=check(LoggerSettings, config.get("logger") or {}, "logger"),
+            data=data,
+            model=model,
+            optimizer=build(config["optimizer"], "optimizer"),
+            schedule=build(config["schedule"], "schedule"),
+            engine=build(config["engine"], "engine"),
+            layout=check(Layout, config.get("layout") or {}, "layout"),
+        )
+
+
+def train(config: Mapping[str, Any], run_dir: Path) -> RunResult:
+    """Train the model that `config` describes, in the folder `run_dir`; run it on every rank.
+
+    Args:
+        config: the resolved tree of groups (model, router, experts, dispatcher, data, optimizer, schedule, trainer,
+            logger, layout, engine) and `seed`, `resume`, `init_from`.
+        run_dir: the same on all ranks; a run that is there already goes on, as `resume` says.
+
+    Raises: ConfigError, DataError, CheckpointError for bad input, before anything is written; NonFiniteError if too
+        many steps in a row were not finite.
+    """
+    plan = RunPlan.from_config(config)
+    folder = RunFolder(run_dir)
+    start = choose_start(plan.config, folder)
+    with (
+        deterministic_algorithms(plan.trainer.deterministic),
+        running(plan.trainer.device) as process,
+        make_display(plan.logger.display, plan.trainer.steps, process.is_main) as display,
+    ):
+        start = broadcast(start)
+        data = open_data_of(plan, process, display)
+        meta = describe_checkpoint(plan, data, process)
+        check_same_data(start, meta["tokenizer"], meta["data"])
+        if start.is_finished(plan.trainer.steps):
+            return finished(plan, folder, start, data, process, display)
+        together(lambda: prepare_folder(plan, folder, start, data, meta) if process.is_main else None)
+        engine = prepare_engine(plan, process)
+        load_start(engine, start)
+        with contextlib.closing(data.train), writing_metrics(plan, folder, start, process) as sinks:
+            loop = make_loop(plan, folder, start, data, engine, process, sinks, display, meta)
+            display.header(header(plan, folder, start, data, process))
+            completed = loop.run()
+        evaluation = loop.last_evaluation.record() if loop.last_evaluation else None
+        if not completed:
+            display.message(f"stopped after step {loop.progress.step} and saved; the same command goes on from there")
+        elif process.is_main and evaluation:
+            conclude(plan, folder, data, loop.progress, evaluation, process, display)
+        return result_of(completed, folder, loop.progress, evaluation)
+
+
+def finished(
+    plan: RunPlan, folder: RunFolder, start: Start, data: Data, process: Process, display: Display
+) -> RunResult:
+    """What to do with a run that has nothing left to do: say so, and conclude it if it was killed before it could."""
+    progress, evaluation = start.progress(), start.meta["evaluation"]
+    display.message(f"run_dir={folder.path} has done all its {progress.step} steps; raise trainer.steps to go on")
+    if process.is_main and not folder.summary.exists():
+        conclude(plan, folder, data, progress, evaluation, process, display)
+    return result_of(True, folder, progress, evaluation)
+
+
+def open_data_of(plan: RunPlan, process: Process, display: Display) -> Data:
+    """Open the corpora; the first use of raw text prepares it, which is said if it takes long."""
+    said = time.monotonic()
+
+    def say(done: int, total: int) -> None:
+        nonlocal said
+        if time.monotonic() - said > 5.0:
+            said = time.monotonic()
+            display.message(f"preparing data: {done / max(total, 1):.0%} of {quantity(total)} bytes")
+
+    return together(lambda: open_data(plan.data, process.rank, process.world, plan.seed, process.device, progress=say))
+
+
+def prepare_folder(plan: RunPlan, folder: RunFolder, start: Start, data: Data, meta: dict[str, Any]) -> None:
+    """Write what the run folder says about the run before it begins, and forget what a killed run wrote too much."""
+    folder.create()
+    folder.write_config({**plan.config, "run_dir": str(folder.path)})
+    folder.write_json(folder.environment, meta["environment"])
+    data.tokenizer.save(folder.path)
+    progress = start.progress()
+    folder.cut_back(progress.step, progress.evaluated_step)
+
+
+def prepare_engine(plan: RunPlan, process: Process) -> Engine:
+    """Build the model without memory, spread it over the ranks and give it values that depend on the seed only."""
+    with torch.device("meta"):
+        model = plan.model.make_model(plan.trainer.activation_checkpointing)
+    return plan.engine.prepare(
+        model,
+        plan.optimizer,
+        process=process,
+        layout=plan.layout,
+        units=model.sharding_units(),
+        float32=[layer.router for _, layer in model.moe_layers()],
+        precision=plan.trainer.precision,
+        compile=plan.trainer.compile,
+        deterministic=plan.trainer.deterministic,
+        seed=plan.seed,
+    )
+
+
+def load_start(engine: Engine, start: Start) -> None:
+    """Read the checkpoint that the run starts from, if there is one."""
+    if start.checkpoint is not None:
+        load: Callable[[Path], None] = engine.load_weights if start.weights_only else engine.load
+        load(start.checkpoint)
+
+
+@contextlib.contextmanager
+def writing_metrics(plan: RunPlan, folder: RunFolder, start: Start, process: Process):
+    """Sinks on the main rank, closed at the end; a run that failed is marked as such."""
+    step = start.progress().step
+    sinks = together(lambda: open_sinks(plan.logger, folder, plan.config, step) if process.is_main else MetricSinks([]))
+    try:
+        yield sinks
+    except BaseException:
+        sinks.close(failed=True)
+        raise
+    sinks.close()
+
+
+def make_loop(
+    plan: RunPlan,
+    folder: RunFolder,
+    start: Start,
+    data: Data,
+    engine: Engine,
+    process: Process,
+    sinks: MetricSinks,
+    display: Display,
+    meta: dict[str, Any],
+) -> Loop:
+    """Hand every part to the loop."""
+    moe_layers = engine.module.moe_layers()  # type: ignore[operator]
+    trainer = plan.trainer
+    return Loop(
+        engine=engine,
+        process=process,
+        settings=trainer,
+        schedule=plan.schedule,
+        peak_lr=plan.optimizer.lr,
+        batches=data.train,
+        valid_batches=data.valid_batches,
+        moe_layers=moe_layers,
+        statistics=RouterStatistics(
+            [index for index, _ in moe_layers], plan.model.config.num_experts, device=process.device
+        ),
+        checkpointer=Checkpointer(
+            folder.checkpoints,
+            process=process,
+            keep_last=trainer.keep_last,
+            keep_best=trainer.keep_best,
+            asynchronous=trainer.asynchronous_checkpoints,
+        ),
+        sinks=sinks,
+        display=display,
+        meter=Meter(
+            plan.model.counts(plan.data.sequence_length).flops_per_token, process.world, device_peak(process.device)
+        ),
+        checkpoint_meta=meta,
+        progress=start.progress(),
+        seed=plan.seed,
+        expert_every=plan.logger.expert_every,
+    )
+
+
+def describe_checkpoint(plan: RunPlan, data: Data, process: Process) -> dict[str, Any]:
+    """What every checkpoint of the run says beside its tensors and its progress."""
+    return {
+        "seed": plan.seed,
+        "config": plan.config,
+        "tokenizer": data.tokenizer.spec(),
+        "data": data.description,
+        "environment": describe_environment(process.device, process.world),
+    }
+
+
+def result_of(
+    completed: bool, folder: RunFolder, progress: Progress, evaluation: Mapping[str, float] | None
+) -> RunResult:
+    """The result as values; the last evaluation is that of the end, if the run got there."""
+    return RunResult(
+        completed=completed,
+        run_dir=folder.path,
+        step=progress.step,
+        valid_loss=evaluation["valid_loss"] if evaluation else None,
+        bits_per_byte=evaluation["bits_per_byte"] if evaluation else None,
+    )

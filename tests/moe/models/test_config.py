@@ -1,0 +1,36 @@
+import pytest
+from scatterfold import ConfigError, ModelConfig
+
+SHAPE = {"vocab_size": 41, "layers": 3, "width": 16, "heads": 4, "ffn_width": 32}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"layers": 0}, "model.layers=0 is too small, allowed: 1 or more"),
+        ({"num_experts": -1}, "model.num_experts=-1 is too small"),
+        ({"heads": 3}, "model.heads=3 does not divide model.width=16"),
+        ({"kv_heads": 3}, "model.kv_heads=3 does not divide model.heads=4"),
+        ({"head_width": 5}, "model.head_width=5 is odd"),
+        ({"ffn_width": None}, "model.ffn_width=null, but layer 0 is dense"),
+        ({"num_experts": 4}, "model.expert_width=null with model.num_experts=4"),
+        ({"num_experts": 4, "expert_width": 8, "moe_layers": (1, 3)}, r"moe_layers=\[1, 3\] names layer 3, allowed: 0 to 2"),
+        ({"num_experts": 4, "expert_width": 8, "first_k_dense": 3}, "no layer is a MoE layer with model.first_k_dense=3"),
+        ({"num_experts": 4, "expert_width": 8, "ffn_width": None, "first_k_dense": 1}, "but layer 0 is dense"),
+        ({"qk_norm": "heads"}, "model.qk_norm='heads' is unknown, allowed: none, head, projection"),
+        ({"activation": "swish"}, "model.activation='swish' is unknown, allowed: swiglu"),
+        ({"norm_eps": 0.0}, "model.norm_eps=0.0 is out of range, allowed: above 0"),
+        ({"sliding_window": 0}, "model.sliding_window=0 is too small"),
+        ({"shared_expert_gate": True}, "shared_expert_gate=true without model.shared_expert_width"),
+    ],
+)
+def test_impossible_shapes_are_named(settings, message):
+    with pytest.raises(ConfigError, match=message) as error:
+        ModelConfig(**{**SHAPE, **settings})
+    assert "\n" not in str(error.value)
+
+
+def test_what_is_left_out_follows():
+    config = ModelConfig(**SHAPE)
+    assert (config.num_kv_heads, config.head_size) == (4, 4)
+    assert not any(config.is_moe(layer) for layer in range(3))
