@@ -189,7 +189,7 @@ def _causal_mask(queries: int, keys: int, window: int | None, device: torch.devi
     return seen if window is None else seen & (query - key < window)
 
 
-@torch.compiler.disable  # every batch has other lengths: a trace would be made anew each time
+@torch.compiler.disable()  # every batch has other lengths: a trace would be made anew each time
 def _document_by_document(q: Tensor, k: Tensor, v: Tensor, documents: Documents, window: int | None) -> Tensor:
     """(T, H, W), (T, G, W) -> (T, H, W) by one call for each run of documents of equal length."""
     plan = documents.plan
@@ -250,7 +250,7 @@ def _compiled_flex() -> Any:
     return torch.compile(flex_attention, dynamic=False)
 
 
-@torch.compiler.disable
+@torch.compiler.disable()
 def _flex(q: Tensor, k: Tensor, v: Tensor, documents: Documents, window: int | None) -> Tensor:
     """(T, H, W), (T, G, W) -> (T, H, W), all tokens as one row under a block mask."""
     q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))

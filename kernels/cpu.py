@@ -20,7 +20,7 @@ from .activations import activate_backward_out, activate_out
 from .routing import Routing
 
 
-@torch.compiler.disable  # loads of experts are Python numbers here: a trace would be made anew for each batch
+@torch.compiler.disable()  # loads of experts are Python numbers here: a trace would be made anew for each batch
 def moe_mlp_cpu(x: Tensor, w_in: Tensor, w_out: Tensor, routing: Routing, activation: str) -> Tensor:
     """Same value and gradients as `moe_mlp_reference`, faster and with less memory. Runs on any device.
 

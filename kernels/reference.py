@@ -9,7 +9,7 @@ from .activations import activate
 from .routing import Routing
 
 
-@torch.compiler.disable  # as the CPU path: one trace per batch would be made
+@torch.compiler.disable()  # as the CPU path: one trace per batch would be made
 def moe_mlp_reference(x: Tensor, w_in: Tensor, w_out: Tensor, routing: Routing, activation: str) -> Tensor:
     """Sum over the experts of each token of weight * w_out[e] @ activation(w_in[e] @ x).
 

@@ -16,7 +16,7 @@ def inject_gradient(carrier: Tensor, loss: Tensor, scale: float) -> Tensor:
     returned through the model.
 
     Args:
-        carrier: any tensor on the path to the loss.
+        carrier: any tensor on the path to the loss; a small one, since it is copied.
         loss: () auxiliary loss, its coefficient included.
         scale: T / global tokens.
     """
@@ -27,7 +27,7 @@ class _Inject(torch.autograd.Function):
     @staticmethod
     def forward(ctx, carrier: Tensor, loss: Tensor, scale: float) -> Tensor:
         ctx.scale, ctx.loss_dtype, ctx.loss_device = scale, loss.dtype, loss.device
-        return carrier.view_as(carrier)
+        return carrier.clone()  # a view would be taken for its base by torch.compile, which then skips this node
 
     @staticmethod
     def backward(ctx, grad: Tensor):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from ..kernels import Routing
 from ..parallel.dispatchers import Dispatcher, LocalDispatcher
 from .context import ALONE, StepContext
 from .experts import Experts
@@ -45,19 +46,19 @@ class MoELayer(nn.Module):
     def forward(self, hidden: Tensor, context: StepContext = ALONE) -> Tensor:
         hidden_TD = hidden.flatten(0, -2)
         routed = self.router(hidden_TD, context)
-        rows, local_routing, handle = self.dispatcher.dispatch(hidden_TD, routed.routing)
+        routing = self._inject_losses(routed, hidden_TD.shape[0], context) if self.training else routed.routing
+        rows, local_routing, handle = self.dispatcher.dispatch(hidden_TD, routing)
         out_TD = self.dispatcher.combine(self.experts(rows, local_routing), handle)
         if self.shared is not None:
             out_TD = out_TD + self.shared(hidden_TD)
-        if self.training:
-            out_TD = self._inject_losses(out_TD, routed, context)
         if context.statistics is not None and not recomputing():
             context.statistics.record(self.index, routed, hidden_TD.shape[0])
         return out_TD.view_as(hidden)
 
-    def _inject_losses(self, out_TD: Tensor, routed: RouterOutput, context: StepContext) -> Tensor:
-        num_tokens = out_TD.shape[0]
+    def _inject_losses(self, routed: RouterOutput, num_tokens: int, context: StepContext) -> Routing:
+        """Hang the losses on the combine weights: every layer's output depends on them, and they are small."""
         scale = num_tokens / (context.global_tokens or max(num_tokens, 1))
+        weight = routed.routing.weight
         for loss in routed.losses.values():
-            out_TD = inject_gradient(out_TD, loss, scale)
-        return out_TD
+            weight = inject_gradient(weight, loss, scale)
+        return routed.routing.with_weight(weight)

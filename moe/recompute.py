@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from typing import TypeVar
 
+import torch
 from torch.utils.checkpoint import checkpoint
 
 T = TypeVar("T")
@@ -32,11 +33,10 @@ _current: ContextVar[_Tape | None] = ContextVar("scatterfold_tape", default=None
 def checkpointed(function: Callable[..., T], *args: object) -> T:
     """Call `function(*args)`, save only its inputs, and recompute it in the backward pass."""
     tape = _Tape()
-    return checkpoint(
-        function, *args, use_reentrant=False, context_fn=lambda: (_use(tape, False), _use(tape, True))
-    )
+    return checkpoint(function, *args, use_reentrant=False, context_fn=lambda: (_use(tape, False), _use(tape, True)))
 
 
+@torch.compiler.disable(recursive=False)  # reads what the trace cannot know; `decide` itself may be compiled
 def remember(decide: Callable[[], T]) -> T:
     """Take a decision, or, while recomputing, return the one that the first forward took."""
     tape = _current.get()
@@ -51,6 +51,7 @@ def remember(decide: Callable[[], T]) -> T:
     return decision
 
 
+@torch.compiler.disable()
 def recomputing() -> bool:
     """True inside the recomputation of a checkpointed call."""
     tape = _current.get()

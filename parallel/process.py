@@ -68,8 +68,7 @@ def start(device: str = "auto", timeout_s: float = 1800.0) -> Process:
         if chosen.type == "cpu":
             _share_cores(local_world)
         backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
-        device_id = chosen if chosen.type == "cuda" else None
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s), device_id=device_id)
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
     return Process(rank, local_rank, world, chosen)
 
 
@@ -106,9 +105,8 @@ def broadcast(value: T) -> T:
 
 
 def barrier() -> None:
-    """Wait until every rank is here."""
-    if _grouped():
-        dist.barrier()
+    """Wait until every rank is here, without a word to the accelerator."""
+    sum_over_ranks(torch.zeros(1))
 
 
 def together(action: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from scatterfold.kernels import CheckpointError, ConfigError, DataError
 from scatterfold.moe.training.load import load_model
 from scatterfold.moe.training.run import train
@@ -306,7 +307,11 @@ def test_an_older_checkpoint_of_the_same_run_can_be_named(make, tmp_path, finish
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"resume": "never"}, ConfigError, "resume=never, but run_dir=.* holds a run, allowed: auto, or another run_dir"),
+        (
+            {"resume": "never"},
+            ConfigError,
+            "resume=never, but run_dir=.* holds a run, allowed: auto, or another run_dir",
+        ),
         ({"seed": 1}, ConfigError, r"seed=1 differs from .*step-8, allowed: 0 to resume"),
         ({"data__sequence_length": 16}, ConfigError, "data.sequence_length=16 differs from .*allowed: 32 to resume"),
         ({"data__global_batch_size": 8}, ConfigError, "data.global_batch_size=8 differs from .*allowed: 4 to resume"),
@@ -390,14 +395,40 @@ def test_a_bad_step_is_skipped_and_counted(make, tmp_path, monkeypatch):
     assert meta["progress"]["samples"] == 32
 
 
-def test_too_many_bad_steps_stop_the_run_and_say_where(make, tmp_path):
-    config = make(optimizer__lr=1e30, trainer__max_skipped_steps=2, trainer__checkpoint_every=1)
+@pytest.mark.parametrize(
+    ("spoil", "where"),
+    [
+        (lambda module: module.blocks[1].mlp.experts.w_in.data.fill_(math.inf), "output of blocks.1.mlp.experts"),
+        (
+            lambda module: module.blocks[1].attention.register_full_backward_pre_hook(nan_gradient),
+            "gradient of blocks.1.attention",
+        ),
+    ],
+    ids=["forward", "backward"],
+)
+def test_too_many_bad_steps_stop_the_run_and_say_where(make, tmp_path, monkeypatch, spoil, where):
+    from scatterfold.parallel.engines.torch import TorchTraining
+
+    step, calls = TorchTraining.step, []
+
+    def step_then_spoil(self):
+        step(self)
+        calls.append(1)
+        if len(calls) == 3:
+            spoil(self.module)
+
+    monkeypatch.setattr(TorchTraining, "step", step_then_spoil)
     with pytest.raises(NonFiniteError) as raised:
-        train(config, tmp_path)
+        train(make(trainer__max_skipped_steps=2, trainer__checkpoint_every=1), tmp_path)
     text = str(raised.value)
-    assert "step 2, samples 8 to 11: loss" in text or "step 3, samples 12 to 15: loss" in text
-    assert "first in the output of blocks.0" in text or "first in the output of embedding" in text
+    assert text.startswith("step 4, samples 16 to 19: loss")
+    assert f"first in the {where}" in text
     assert "2 steps in a row were skipped (trainer.max_skipped_steps=2)" in text
+    assert "\n" not in text
+
+
+def spread_nan(module, gradients):
+    return tuple(gradient * math.nan for gradient in gradients)
 
 
 def test_a_report_that_fails_does_not_lose_the_run(make, tmp_path, monkeypatch, capsys):
@@ -409,7 +440,9 @@ def test_a_report_that_fails_does_not_lose_the_run(make, tmp_path, monkeypatch, 
     monkeypatch.setattr(report, "read_history", fail)
     result = train(make(trainer__report=True, trainer__steps=2, logger__display="plain"), tmp_path)
     assert result.completed
-    assert "the report could not be made (RuntimeError: no fonts); the run itself is complete" in capsys.readouterr().out
+    assert (
+        "the report could not be made (RuntimeError: no fonts); the run itself is complete" in capsys.readouterr().out
+    )
     assert (tmp_path / "summary.json").exists()
 
 
@@ -424,8 +457,8 @@ def test_the_reported_loss_is_pure_cross_entropy(make, tmp_path):
     assert first[1]["grad_norm"] > 2 * first[0]["grad_norm"]
 
 
-def test_compiled_blocks_give_the_same_losses(make, tmp_path, finished):
-    changes = {"trainer__steps": 2, "trainer__eval_every": 0, "router__jitter": 0.0}
+def test_compiled_blocks_give_the_same_losses(make, tmp_path):
+    changes = {"model__layers": 1, "trainer__steps": 2, "trainer__eval_every": 0, "router__jitter": 0.0}
     compiled = train(make(trainer__compile=True, **changes), tmp_path / "compiled")
     eager = train(make(**changes), tmp_path / "eager")
     assert compiled.valid_loss == pytest.approx(eager.valid_loss, rel=1e-4)

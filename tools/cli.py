@@ -35,17 +35,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _help() -> str:
-    lines = [
-        f"Scatterfold {__version__}: Mixture-of-Experts training.",
-        "",
-        "Usage: scatterfold COMMAND [arguments]",
-        "",
-    ]
-    lines += [f"  {name:<8}{what}" for name, what in COMMANDS.items()]
-    return "\n".join([*lines, "", "Each command explains itself: scatterfold COMMAND --help", "", "Example:"]) + (
-        "\n  scatterfold train experiment=demo run_dir=runs/demo\n"
-        '  scatterfold sample source=runs/demo prompt="def " max_tokens=400 temperature=0.7'
-    )
+    commands = "\n".join(f"  {name:<8}{what}" for name, what in COMMANDS.items())
+    return f"""Scatterfold {__version__}: Mixture-of-Experts training.
+
+Usage: scatterfold COMMAND [arguments]
+
+{commands}
+
+Each command explains itself: scatterfold COMMAND --help
+
+Example:
+  scatterfold train experiment=demo run_dir=runs/demo
+  scatterfold sample source=runs/demo prompt="def " max_tokens=400 temperature=0.7"""
 
 
 if __name__ == "__main__":

@@ -126,6 +126,11 @@ class Session:
         assert isinstance(plain, dict)
         return {str(key): value for key, value in plain.items()}
 
+    def constant_keys(self) -> set[str]:
+        """Keys that the user set to one value for all trials of a sweep."""
+        parsed = OverridesParser.create(self.hydra.config_loader).parse_overrides(list(self.request.overrides))
+        return {override.get_key_element().lstrip("+~") for override in parsed if not override.is_sweep_override()}
+
     def compose_sweep(self) -> DictConfig:
         """Compose for a sweep, after a trial run with the first of every list of values. Raises: ConfigError."""
 
@@ -237,9 +242,9 @@ def session(request: Request) -> Iterator[Session]:
     GlobalHydra.instance().clear()
     path = create_config_search_path(f"file://{request.config_path or CONFIGS}")
     if request.config_path is not None:
-        path.append("scatterfold", f"file://{CONFIGS}")
+        path.append("scatterfold", f"file://{CONFIGS}", anchor="main")
     if request.config_dir is not None:
-        path.append("command-line", f"file://{request.config_dir}")
+        path.append("command-line", f"file://{request.config_dir}", anchor="main")
     try:
         yield Session(Hydra.create_main_hydra2("scatterfold", path), request)
     finally:

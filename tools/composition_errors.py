@@ -94,6 +94,11 @@ def _composition(error: HydraException, overrides: Sequence[str]) -> ConfigError
     override = re.search(r"(?:Error merging override|Could not override) '?([^'\n]+?)'?\.?(?:\n|$)", text)
     if override:
         named = override.group(1).strip()
+        if "No match in the defaults list" in text:
+            return ConfigError(
+                f"{named}=… chooses a file, but this configuration is a resolved one without groups, "
+                f"allowed: values such as {named}.KEY=VALUE"
+            )
         typed = next((o for o in overrides if o.partition("=")[0].lstrip("+~") == named), named)
         reason = f" ({_first_line(str(cause.msg or cause))})" if cause is not None else ""
         return ConfigError(one_line(f"{typed} cannot be set{reason}, allowed: a key of the configuration"))

@@ -111,10 +111,7 @@ def _progress_bar(what: str) -> Iterator[Callable[[int, int], None] | None]:
 def _show(receipt: PrepareReceipt) -> None:
     rows = [
         ("dataset", f"{receipt.prefix}.bin, .idx"),
-        (
-            "documents",
-            f"{receipt.documents:,}" + (f" ({receipt.empty_documents:,} empty)" * bool(receipt.empty_documents)),
-        ),
+        ("documents", f"{receipt.documents:,}, and {receipt.empty_documents:,} empty ones left out"),
         ("tokens", f"{receipt.tokens:,} ({receipt.token_type})"),
         ("text", f"{receipt.text_bytes:,} bytes in {len(receipt.files):,} files"),
     ]

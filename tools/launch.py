@@ -29,7 +29,7 @@ Usage: scatterfold launch [flags] train [overrides]
 
 Example:
   scatterfold launch --nproc-per-node 8 train experiment=demo layout.dp_shard=8
-  scatterfold launch --slurm job.sh --nnodes 2 --nproc-per-node 8 --gpus-per-node 8 --time 4:00:00 train experiment=demo"""
+  scatterfold launch --slurm job.sh --nnodes 2 --nproc-per-node 8 --gpus-per-node 8 --time 4:00:00 train model=small"""
 
 COMMANDS = ("train",)
 SLURM_TEXT = ("partition", "account", "qos", "constraint", "time", "mem", "gpus_per_node", "job_name")

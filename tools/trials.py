@@ -60,10 +60,6 @@ class Trial:
     message: str | None = None
     seconds: float = 0.0
 
-    @property
-    def label(self) -> str:
-        return " ".join(self.overrides) or "no overrides"
-
     def save(self, folder: Path) -> Trial:
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / TRIAL_FILE, json.dumps(asdict(self), indent=2) + "\n")
@@ -85,6 +81,7 @@ class Sweep:
     def __init__(self, session: Session) -> None:
         self.session = session
         self.trials: list[Trial] = []
+        self._constant: set[str] = set()
         self._processes: set[subprocess.Popen] = set()
         self._stopped_by: int | None = None
 
@@ -95,6 +92,7 @@ class Sweep:
         config = self.session.compose_sweep()
         HydraConfig.instance().set_config(config)
         folder = Path(str(config.hydra.sweep.dir))
+        self._constant = self.session.constant_keys()
         with self._signals():
             try:
                 self.session.sweep(config, self.task)
@@ -149,17 +147,18 @@ class Sweep:
     def _run_trial(self, trial: Trial, folder: Path, environment: dict[str, str]) -> Trial:
         before = Trial.load(folder)
         if before is not None and before.status == FINISHED:
-            print(f"trial {trial.number}: {trial.label}: finished before, {_figure(before)}", flush=True)
+            self._say(trial, f"finished before, {_figure(before)}")
             return replace(before, number=trial.number)
         if self._stopped_by is not None:
             return replace(trial, status=UNFINISHED)
         trial.save(folder)
-        print(f"trial {trial.number}: {trial.label}: started, {folder / LOG_FILE}", flush=True)
+        self._say(trial, f"started, {folder / LOG_FILE}")
         result_file = folder / "result.json"
         result_file.unlink(missing_ok=True)
         start = time.monotonic()
         code = self._wait(trial, folder, {**environment, RESULT: str(result_file)})
         completed, objective = read_result(result_file)
+        result_file.unlink(missing_ok=True)
         status = FINISHED if code == 0 and completed else UNFINISHED if code == 0 else FAILED
         if code != 0 and self._stopped_by is not None:
             status = UNFINISHED
@@ -171,8 +170,12 @@ class Sweep:
             message=_last_line(folder / LOG_FILE) if status == FAILED else None,
             seconds=round(time.monotonic() - start, 1),
         ).save(folder)
-        print(f"trial {trial.number}: {trial.label}: {_outcome(ended)}", flush=True)
+        self._say(ended, _outcome(ended))
         return ended
+
+    def _say(self, trial: Trial, text: str) -> None:
+        varied = [word for word in trial.overrides if word.partition("=")[0].lstrip("+~") not in self._constant]
+        print(f"trial {trial.number} ({' '.join(varied) or 'nothing varies'}): {text}", flush=True)
 
     def _wait(self, trial: Trial, folder: Path, environment: dict[str, str]) -> int:
         command = [sys.executable, "-m", "scatterfold.tools.train", *self.session.request.flags, *trial.overrides]

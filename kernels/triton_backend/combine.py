@@ -84,3 +84,17 @@ def sum_partials_kernel(
         acc += tl.load(at, mask=counts, other=0.0)
         at += num_rows
     tl.store(out + row, acc.to(out.dtype.element_ty), mask=row < num_rows)
+
+
+@triton.jit
+def zero_padding_kernel(y, offsets, num_experts, num_rows, D, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
+    """y[n] = 0 for the rows past the last expert's: programs over real rows leave at once."""
+    first = tl.program_id(0) * ROWS
+    end = tl.load(offsets + num_experts)
+    if first + ROWS > end:
+        row = first + tl.arange(0, ROWS)
+        padding = (row >= end) & (row < num_rows)
+        for d0 in range(0, D, BLOCK_D):
+            d = d0 + tl.arange(0, BLOCK_D)
+            at = y + row[:, None].to(tl.int64) * D + d[None, :]
+            tl.store(at, tl.zeros((ROWS, BLOCK_D), y.dtype.element_ty), mask=padding[:, None] & (d < D)[None, :])

@@ -120,11 +120,11 @@ _HALF: dict[str, list[tuple[int, list[Config]]]] = {
 }
 _HALF["rows_k"] = _HALF["rows"]
 
-# float32 without TensorFloat32 runs on the ordinary cores: small tiles, and no accumulator to share between warps.
+# Exact float32 runs on the ordinary cores, whose operands sit in registers: small tiles, many warps.
 _FULL: dict[str, list[tuple[int, list[Config]]]] = {
-    "up": [(16, [Config(16, 32, 32, 4, 3)]), (8192, [Config(64, 32, 32, 4, 3), Config(64, 64, 32, 8, 3)])],
-    "rows": [(16, [Config(16, 64, 32, 4, 3)]), (8192, [Config(64, 64, 32, 4, 3), Config(128, 64, 32, 8, 3)])],
-    "dact": [(16, [Config(16, 32, 32, 4, 3)]), (8192, [Config(64, 64, 32, 4, 3), Config(64, 32, 32, 4, 3)])],
+    "up": [(16, [Config(16, 32, 32, 4, 3)]), (8192, [Config(64, 64, 16, 8, 4), Config(64, 32, 16, 8, 3)])],
+    "rows": [(16, [Config(16, 64, 32, 4, 3)]), (8192, [Config(64, 64, 16, 8, 3), Config(64, 32, 16, 4, 4)])],
+    "dact": [(16, [Config(16, 32, 32, 4, 3)]), (8192, [Config(64, 64, 16, 8, 3), Config(64, 32, 16, 4, 4)])],
     "weight_grad": [(8192, [Config(64, 64, 32, 4, 3, tma=False), Config(128, 64, 32, 8, 3, tma=False)])],
 }
 _FULL["rows_k"] = _FULL["rows"]
@@ -156,7 +156,8 @@ def candidates(problem: Problem) -> list[Config]:
     table = (_FULL if problem.dtype == torch.float32 else _HALF)[problem.kernel]
     tiles = next(tiles for largest, tiles in table if problem.bucket <= largest)
     if problem.kernel == "up" and problem.halves == 1:  # one accumulator where a gated activation has two
-        tiles = [replace(c, block_n=2 * c.block_n) if c.block_m * c.block_n < 128 * 128 else c for c in tiles]
+        largest = 64 * 64 if problem.dtype == torch.float32 else 128 * 128
+        tiles = [replace(c, block_n=2 * c.block_n) if c.block_m * c.block_n < largest else c for c in tiles]
     return tiles
 
 

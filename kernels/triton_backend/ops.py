@@ -37,8 +37,7 @@ def moe_mlp_triton(
     return out
 
 
-@torch.library.custom_op("scatterfold::moe_mlp", mutates_args=())
-def _forward(
+def forward_pass(
     x: Tensor,
     w_in: Tensor,
     w_out: Tensor,
@@ -52,6 +51,7 @@ def _forward(
     activation: str,
     save_z: bool,
 ) -> tuple[Tensor, Tensor]:
+    """The output (T, D), and the pre-activation (N, 2F or F), empty unless it is to be saved."""
     num_rows, num_tokens = token.numel(), token_offsets.numel() - 1
     z = x.new_empty(num_rows, w_in.shape[1]) if save_z else x.new_empty(0)
     if not num_rows or not num_tokens:
@@ -69,14 +69,16 @@ def _forward(
     return out, z
 
 
+_forward = torch.library.custom_op("scatterfold::moe_mlp", forward_pass, mutates_args=())
+
+
 @_forward.register_fake
 def _(x, w_in, w_out, b_in, b_out, weight, token, expert_offsets, assignment, token_offsets, activation, save_z):
     z = x.new_empty(token.shape[0], w_in.shape[1]) if save_z else x.new_empty(0)
     return x.new_empty(token_offsets.shape[0] - 1, w_out.shape[1]), z
 
 
-@torch.library.custom_op("scatterfold::moe_mlp_backward", mutates_args=())
-def _backward(
+def backward_pass(
     grad: Tensor,
     x: Tensor,
     w_in: Tensor,
@@ -134,6 +136,9 @@ def _new(t: Tensor) -> Tensor:
 def _results(inputs, needs, make) -> list[Tensor]:
     empty = inputs[0]
     return [make(t) if need and t is not None else empty.new_empty(0) for t, need in zip(inputs, needs)]
+
+
+_backward = torch.library.custom_op("scatterfold::moe_mlp_backward", backward_pass, mutates_args=())
 
 
 @_backward.register_fake

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -60,6 +62,11 @@ class Block(nn.Module):
         if recompute == "selective":
             return checkpointed(self._transform, x, context)
         return self._transform(x, context)
+
+    def compile(self, *args: Any, **options: Any) -> None:
+        """torch.compile both halves of the block, each on its own: recomputation has to call them from outside."""
+        self._attend = torch.compile(self._attend, *args, **options)
+        self._transform = torch.compile(self._transform, *args, **options)
 
     def _whole(self, x: Tensor, rotation: Rotation, documents: Documents | None, context: StepContext) -> Tensor:
         return self._transform(self._attend(x, rotation, documents, None), context)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ...kernels import DataError
+from ...kernels.errors import DataError
 
 if TYPE_CHECKING:
     from .open import Data

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...kernels import ConfigError
+from ...kernels.errors import ConfigError
 
 MASKED = -100  # a label that is no target: torch's cross-entropy ignores it
 

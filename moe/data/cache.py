@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ...kernels import DataError
+from ...kernels.errors import DataError
 
 
 class WriteError(DataError):

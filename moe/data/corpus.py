@@ -11,14 +11,15 @@ from typing import Any
 
 import numpy as np
 
-from ...kernels import ConfigError, DataError
+from ...kernels.errors import ConfigError, DataError
 from . import megatron
 from .batches import Row
 from .indexed import IndexedFacts, IndexedFiles
 from .settings import split_shares
 from .tokenizer import Tokenizer
 
-BLEND_CYCLE = 1 << 16  # positions after which the interleaving of a blend repeats
+BLEND_CYCLE = 1 << 16  # positions after which the interleaving of a blend repeats, if no weight is very small
+LONGEST_CYCLE = 1 << 22
 _OPEN_EPOCHS = 2  # a step may lie across the end of an epoch
 
 
@@ -119,23 +120,28 @@ class Blend:
     megatron-core's greedy interleaving is laid out once for a cycle of positions, and every cycle repeats it with the
     next samples of each corpus, so any position is found without counting from the start.
 
-    Raises: ConfigError if a weight is so small that its corpus would never be read.
+    Raises: ConfigError if a weight is so small that its corpus would hardly ever be read.
     """
 
     def __init__(self, corpora: Sequence[Corpus], weights: Sequence[float]) -> None:
         self.corpora = list(corpora)
         self.weights = (np.array(weights) / np.sum(weights)).tolist()
-        self._corpus, self._sample = megatron.blending_indices(self.weights, BLEND_CYCLE)
+        self._corpus, self._sample = megatron.blending_indices(self.weights, self._cycle())
         self._per_cycle = np.bincount(self._corpus, minlength=len(self.corpora))
-        for corpus, weight, count in zip(self.corpora, self.weights, self._per_cycle):
-            if not count:
-                raise ConfigError(
-                    f"data.path: {corpus.name} has {weight:.3g} of all weight, allowed: {1 / BLEND_CYCLE:.3g} or more"
-                )
+
+    def _cycle(self) -> int:
+        """Long enough for the smallest share to be right within a few percent."""
+        smallest = int(np.argmin(self.weights))
+        if self.weights[smallest] < 1 / LONGEST_CYCLE:
+            raise ConfigError(
+                f"data.path: {self.corpora[smallest].name} has {self.weights[smallest]:.3g} of all weight, allowed: "
+                f"{1 / LONGEST_CYCLE:.3g} or more"
+            )
+        return int(min(max(16 / self.weights[smallest], BLEND_CYCLE), LONGEST_CYCLE))
 
     def locate(self, number: int) -> tuple[int, int]:
         """(corpus, sample of that corpus) of a position."""
-        cycle, position = divmod(number, BLEND_CYCLE)
+        cycle, position = divmod(number, len(self._corpus))
         corpus = int(self._corpus[position])
         return corpus, cycle * int(self._per_cycle[corpus]) + int(self._sample[position])
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ...kernels import DataError
+from ...kernels.errors import DataError
 from .cache import digest, locked, write_json
 
 MAGIC = b"MMIDIDX\x00\x00"
@@ -108,13 +108,13 @@ def _read(prefix: Path, whole: bool) -> tuple[IndexedFiles, int]:
         _check_sizes(bin_file, idx_file, dtype, lengths, pointers, ends)
         offsets = np.zeros(sequences + 1, dtype=np.int64)
         np.cumsum(lengths, out=offsets[1:])
-        if whole:
-            _check_arrays(idx_file, dtype, lengths, pointers, ends, offsets)
         tokens = np.memmap(bin_file, dtype=dtype, mode="r")
     except OSError as error:
         raise DataError(f"{error.filename or idx_file} cannot be read: {error.strerror or error}") from error
     if offsets[-1] != len(tokens):
         raise DataError(f"{idx_file} is corrupt: its lengths sum to {offsets[-1]} tokens, {bin_file} has {len(tokens)}")
+    if whole:
+        _check_arrays(idx_file, dtype, lengths, pointers, ends, offsets)
     return IndexedFiles(prefix, tokens, offsets), documents - 1
 
 
@@ -160,6 +160,8 @@ def _check_sizes(
     expected, size = int(pointers[-1]) + int(lengths[-1]) * np.dtype(dtype).itemsize, os.path.getsize(bin_file)
     if size != expected:
         raise DataError(f"{bin_file} is truncated or corrupt: {size} bytes, {idx_file} says {expected}")
+    if size == 0:
+        raise DataError(f"{bin_file} is empty")
     if ends[0] != 0 or ends[-1] != len(lengths):
         raise DataError(
             f"{idx_file} is corrupt: documents span sequences {ends[0]} to {ends[-1]}, expected 0 to {len(lengths)}"

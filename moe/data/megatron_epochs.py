@@ -40,7 +40,6 @@ class EpochDataset(GPTDataset):
     """
 
     dataset: Any
-    index_folder: Path
 
     @classmethod
     def create(
@@ -68,13 +67,13 @@ class EpochDataset(GPTDataset):
             sequence_length=sequence_length,
             blend=([prefix], None),
             split="1",
+            path_to_cache=str(index_folder),
             tokenizer=TokenizerFacts(vocab_size, eod),  # type: ignore[arg-type]
             reset_position_ids=False,
             reset_attention_mask=False,
             eod_mask_loss=False,
             create_attention_mask=False,
         )
-        cls.index_folder = index_folder
         return cls(dataset, prefix, sequences, None, Split.train, config)
 
     def _build_document_sample_shuffle_indices(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -85,8 +84,8 @@ class EpochDataset(GPTDataset):
         state = os.stat(f"{self.dataset_path}.idx")
         span = [int(self.indices[0]), int(self.indices[-1]), len(self.indices)]
         name = digest([self.unique_description, span, state.st_size, state.st_mtime_ns])
-        folder = self.index_folder / name
-        with writing(folder, field="data.cache_dir"), locked(self.index_folder, name):
+        folder = Path(self.config.path_to_cache or "") / name
+        with writing(folder, field="data.cache_dir"), locked(folder.parent, name):
             if not folder.is_dir():
                 self._write_indices(folder)
         document, sample, shuffle = (

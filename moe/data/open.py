@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ...kernels import DataError
+from ...kernels.errors import DataError
 from .batches import Batch, Batches, BatchMaker, Share, ValidBatches
 from .cache import cache_folder, digest, locked
 from .corpus import Blend, Corpus, TokenSpan

@@ -12,14 +12,35 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from pathlib import Path
 from queue import Empty, SimpleQueue
 from threading import Lock
 from typing import Any
 
-from ...kernels import DataError
+from ...kernels.errors import DataError
 from .cache import WriteError
 
-PROGRAM = f"from {__package__}.worker import main; main()"
+
+def light(program: str) -> str:
+    """A program that enters the packages above this one without running their `__init__`, which would load torch: a
+    worker needs NumPy and a tokenizer, starts in a fraction of a second, and there may be hundreds of them."""
+    folder = Path(__file__).parent
+    root = __name__.removesuffix(".moe.data.pool")
+    packages = {
+        root: folder.parents[1],
+        f"{root}.kernels": folder.parents[1] / "kernels",
+        f"{root}.moe": folder.parent,
+        f"{root}.moe.data": folder,
+    }
+    lines = ["import sys, types"]
+    for name, path in packages.items():
+        lines.append(
+            f"sys.modules[{name!r}] = package = types.ModuleType({name!r}); package.__path__ = [{str(path)!r}]"
+        )
+    return "\n".join([*lines, program])
+
+
+PROGRAM = light(f"from {__name__.removesuffix('.pool')}.worker import main; main()")
 
 
 class Pool:
@@ -39,6 +60,7 @@ class Pool:
                 stdout=subprocess.PIPE,
                 env=environment,
                 text=True,
+                process_group=0,  # an interrupt from the keyboard is for the caller, who ends them
             )
             for _ in range(workers)
         ]
@@ -48,13 +70,16 @@ class Pool:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for process in self._processes:
-            process.kill()
+        self._kill()
         for process in self._processes:
             process.wait()
             for pipe in (process.stdin, process.stdout):
                 if pipe is not None:
                     pipe.close()
+
+    def _kill(self) -> None:
+        for process in self._processes:
+            process.kill()
 
     def run(self, jobs: Sequence[dict[str, Any]], report: Callable[[int], None]) -> None:
         """Hand out the jobs; returns when all are done. `report` gets each amount of work done."""
@@ -69,12 +94,14 @@ class Pool:
 
         with ThreadPoolExecutor(len(self._processes)) as threads:
             running = [threads.submit(self._drive, process, queue, locked_report) for process in self._processes]
-            wait(running, return_when=FIRST_EXCEPTION)
-            failed = [future for future in running if future.done() and future.exception()]
-            if failed:
-                for process in self._processes:
-                    process.kill()  # their drivers read the end of the pipe and leave
-                failed[0].result()
+            try:
+                wait(running, return_when=FIRST_EXCEPTION)
+                for future in running:
+                    if future.done():
+                        future.result()
+            except BaseException:
+                self._kill()  # their drivers read the end of the pipe and leave
+                raise
 
     def _drive(
         self, process: subprocess.Popen[str], queue: SimpleQueue[dict[str, Any]], report: Callable[[int], None]

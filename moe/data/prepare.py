@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from ...kernels import ConfigError, DataError
+from ...kernels.errors import ConfigError, DataError
 from .cache import WriteError, digest, flush, locked, write_json, writing
 from .sources import Piece, SourceFile, cut, find_files
 from .tokenizer import Tokenizer, open_tokenizer
@@ -151,8 +151,10 @@ def _spec(tokenizer: Tokenizer) -> dict[str, Any]:
 def _existing(output: Path, plan: str) -> PrepareReceipt | None:
     """The receipt of a finished dataset. Raises: DataError if the output holds something else."""
     bin_file, idx_file, receipt_file = (output.with_name(output.name + suffix) for suffix in (".bin", ".idx", ".json"))
-    if not idx_file.exists():
-        return None  # the .idx is renamed last
+    if not idx_file.exists():  # it is renamed last
+        if bin_file.exists() and not output.with_name(output.name + ".partial").exists():
+            raise DataError(f"output={output}: {bin_file} exists without an .idx, allowed: remove it or choose another")
+        return None
     try:
         receipt = PrepareReceipt(**json.loads(receipt_file.read_text()))
         if receipt.plan == plan and bin_file.is_file():
@@ -221,6 +223,7 @@ def _merge(
     tables = [np.load(work / f"{shard.name}.npz") for shard in shards]
     lengths = np.concatenate([table["lengths"] for table in tables])
     if not len(lengths):
+        shutil.rmtree(work)
         raise DataError(f"{', '.join(settings.source)} holds no text: every document is empty")
     order = np.concatenate([table["keys"] for table in tables]).argsort(kind="stable")
     part = _part_length(lengths)

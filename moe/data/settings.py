@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ...kernels import ConfigError
+from ...kernels.errors import ConfigError
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from ...kernels import DataError
+from ...kernels.errors import DataError
 
 _PROSE = ".txt .md .markdown .rst .org .tex .adoc .html .htm .xml .csv .tsv .toml .ini .cfg .yaml .yml"
 _PROGRAMS = (
@@ -289,9 +289,9 @@ def _open_parquet(file: SourceFile) -> Any:
 
 
 def _read_parquet(piece: Piece, text_key: str) -> Iterator[Document]:
+    table = _open_parquet(piece.file)
     import pyarrow
 
-    table = _open_parquet(piece.file)
     schema = table.schema_arrow
     if text_key not in schema.names:
         raise DataError(

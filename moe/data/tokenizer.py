@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from ...kernels import DataError
+from ...kernels.errors import DataError
 
 EOD_NAMES = (
     "<|endoftext|>",

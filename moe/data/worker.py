@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from ...kernels import DataError
+from ...kernels.errors import DataError
 from .cache import WriteError, flush, writing
 from .sources import Document, Piece, SourceFile, read_documents
 from .tokenizer import Tokenizer, tokenizer_from
@@ -84,7 +84,7 @@ def _write_tokens(
                 content = text.encode()
                 num_bytes += len(content)
                 keys.append(0 if piece.file.train_only else _key(content))
-            cost = sum(document.cost for document in batch)
+            cost = min(sum(document.cost for document in batch), cost_of(piece) - reported)
             reported += cost
             report(cost)
         report(cost_of(piece) - reported)  # what a compressed file or a skipped line did not report

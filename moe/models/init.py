@@ -6,8 +6,7 @@
   the dense MLP of its shape and does not depend on how many there are.
 - Matrices that write to the residual stream: additionally divided by sqrt(2 * layers), for 2 * layers such writes of
   equal variance then add up to the variance of one (GPT-2, section 2.3).
-- Embedding: standard deviation 1 for an untied table (its rows enter the residual stream as they are); tied to the
-  head, 1 / sqrt(D) as the head.
+- Embedding: standard deviation 1 / sqrt(D), tied to the head or not.
 - Router: standard deviation 0.02, so that logits start small and loads near balance.
 - Vectors: biases are zero, scales one. Buffers: a module's `reset_buffers()` if it has one.
 """
@@ -43,12 +42,7 @@ def initialise(model: nn.Module, config: ModelConfig, seed: int) -> None:
 def _std(name: str, parameter: Tensor, config: ModelConfig) -> float:
     if name.endswith(".router.weight"):
         return 0.02
-    if config.init_std is not None:
-        std = config.init_std
-    elif name == "embedding.weight" and not config.tie_embeddings:
-        std = 1.0
-    else:
-        std = parameter.shape[-1] ** -0.5
+    std = parameter.shape[-1] ** -0.5 if config.init_std is None else config.init_std
     return std / (2 * config.layers) ** 0.5 if _WRITES_TO_RESIDUAL.search(name) else std
 
 

@@ -94,7 +94,8 @@ class Router(nn.Module, ABC):
                 raise ConfigError(f"model.{name}={size} is too small, allowed: 1 or more")
         if not 0 <= jitter < 1:
             raise ConfigError(f"router.jitter={jitter} is out of range, allowed: 0 to below 1")
-        self.num_experts, self.score, self.experts_per_token, self.jitter = num_experts, score, experts_per_token, jitter
+        self.num_experts, self.experts_per_token = num_experts, experts_per_token
+        self.score, self.jitter = score, jitter
         self.weight = nn.Parameter(torch.empty(num_experts, width))
         self.register_parameter("bias", nn.Parameter(torch.empty(num_experts)) if gate_bias else None)
         self.capacity, self.eval_capacity = (
@@ -150,6 +151,11 @@ class Router(nn.Module, ABC):
             loss.finish_step(counts)
 
     def forward(self, hidden_TD: Tensor, context: StepContext = ALONE) -> RouterOutput:
+        if hidden_TD.shape[0] % context.num_sequences:
+            raise ConfigError(
+                f"{hidden_TD.shape[0]} tokens cannot be context.num_sequences={context.num_sequences} sequences of one "
+                "length"
+            )
         with torch.autocast(hidden_TD.device.type, enabled=False):
             logits_TE = self._logits(hidden_TD)
             scores_TE = self.score.rank(logits_TE)

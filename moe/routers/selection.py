@@ -33,9 +33,7 @@ def mask_groups(scores_TE: Tensor, num_groups: int, top_groups: int, group_score
     (DeepSeek-V3, 2412.19437, section 2.1.2). Minus infinity and not zero, because scores with a bias may be negative.
     """
     grouped_TGe = scores_TE.unflatten(-1, (num_groups, -1))
-    if group_score == "max":
-        group_TG = grouped_TGe.amax(-1)
-    else:
-        group_TG = grouped_TGe.topk(2, dim=-1).values.sum(-1)
+    best_of_group = 1 if group_score == "max" else 2
+    group_TG = grouped_TGe.topk(best_of_group, dim=-1).values.sum(-1)
     open_TG = torch.zeros_like(group_TG, dtype=torch.bool).scatter_(1, top_experts(group_TG, top_groups), True)
     return grouped_TGe.masked_fill(~open_TG[..., None], -torch.inf).flatten(-2)

@@ -10,6 +10,8 @@ from .base import Choice, Router
 from .scores import SCORES
 from .selection import top_experts
 
+_ONE = 2**40  # probability 1 as a whole number
+
 
 class ThresholdRouter(Router):
     """Route each token to the fewest experts whose probabilities sum to `threshold` (XMoE, 2403.18926, section 3.2).
@@ -80,8 +82,8 @@ class ThresholdRouter(Router):
         self.renormalise, self.scale = renormalise, scale
         if self.max_experts == 1 and renormalise and not self.losses:
             raise ConfigError(
-                "router.renormalise=true with router.max_experts=1 gives every weight the same value, so nothing trains "
-                "the router, allowed: renormalise=false, or an auxiliary loss"
+                "router.renormalise=true with router.max_experts=1 gives every weight the same value, so nothing "
+                "trains the router, allowed: renormalise=false, or an auxiliary loss"
             )
         self.reset_parameters()
 
@@ -91,10 +93,10 @@ class ThresholdRouter(Router):
 
     def choose(self, scores_TE: Tensor) -> Choice:
         experts_TK = top_experts(scores_TE, self.max_experts)
-        ranked_TK = scores_TE.gather(1, experts_TK)
-        wanted_TK = ranked_TK.cumsum(-1) - ranked_TK < self.threshold  # mass of all better experts
-        wanted_TK[:, 0] = True  # also where the mass is not a number
-        return Choice(experts_TK, wanted_TK)
+        # Whole numbers: sums are exact, and deterministic on every device, which those of floats are not on CUDA.
+        ranked_TK = (scores_TE.gather(1, experts_TK).double().nan_to_num(nan=1.0) * _ONE).long()
+        reached_before_TK = ranked_TK.cumsum(-1) - ranked_TK  # mass of all better experts
+        return Choice(experts_TK, wanted=reached_before_TK < self.threshold * _ONE)
 
     def weigh(self, chosen_TK: Tensor, choice: Choice) -> Tensor:
         if self.renormalise and choice.wanted is not None:

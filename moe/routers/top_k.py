@@ -23,7 +23,7 @@ class TopKRouter(Router):
         num_experts: E.
         top_k: K.
         eval_top_k: K in evaluation mode; None for the same.
-        score: softmax (over all experts, then choose), sigmoid, or softmax_after (choose, then softmax over the chosen).
+        score: softmax (of all experts, then choose), sigmoid, or softmax_after (choose, then softmax of the chosen).
         renormalise: let the weights of a token sum to `scale`; None for: if K > 1. With K = 1 every weight is then
             `scale`, and only auxiliary losses train the router.
         scale: factor of all weights (DeepSeek's routed scaling factor).

@@ -38,7 +38,7 @@ class StepStatistics:
         Of one layer with counts c, in the definitions of loss-free balancing (2408.15664) and M6-T (2105.15082):
         max_violation is max(c) / mean(c) - 1 (0 if balanced), load_entropy the entropy of c / sum(c) over ln E, load_cv
         the population standard deviation of c over its mean, dead the number of experts without assignment,
-        dropped_fraction over wanted assignments, router_entropy in nats, per_token the experts per token before dropping.
+        dropped_fraction over wanted assignments, router_entropy in nats, per_token the experts per token wanted.
         """
         columns = [self.tokens, self.dropped, self.entropy, *self.losses.values()]
         table = torch.cat([self.counts, torch.stack(columns, dim=1)], dim=1).tolist()  # the one host synchronisation

@@ -124,9 +124,9 @@ def train(config: Mapping[str, Any], run_dir: Path) -> RunResult:
         check_same_data(start, meta["tokenizer"], meta["data"])
         if start.is_finished(plan.trainer.steps):
             return finished(plan, folder, start, data, process, display)
-        together(lambda: prepare_folder(plan, folder, start, data, meta) if process.is_main else None)
         engine = prepare_engine(plan, process)
         load_start(engine, start)
+        together(lambda: prepare_folder(plan, folder, start, data, meta) if process.is_main else None)
         with contextlib.closing(data.train), writing_metrics(plan, folder, start, process) as sinks:
             loop = make_loop(plan, folder, start, data, engine, process, sinks, display, meta)
             display.header(header(plan, folder, start, data, process))

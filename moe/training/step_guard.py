@@ -40,8 +40,11 @@ class StepGuard:
 
 
 def first_non_finite_gradient(norms: dict[str, float]) -> str | None:
-    """Name of the first parameter whose gradient norm is not finite."""
-    return next((name for name, norm in norms.items() if not math.isfinite(norm)), None)
+    """Name of the parameter where gradients stopped being finite, of norms in the order of the forward pass.
+
+    The backward pass runs from the last parameter to the first, and what is not finite spreads with it.
+    """
+    return next((name for name, norm in reversed(norms.items()) if not math.isfinite(norm)), None)
 
 
 class FirstNonFiniteOutput:

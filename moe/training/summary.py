@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 from ...parallel.process import Process
 from ..data import Data, measure_baselines
-
 from .display import Display, duration, quantity
 from .environment import device_name
 from .progress import Progress

@@ -17,10 +17,10 @@ from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemWriter
-from torch.distributed.checkpoint import save as dcp_save
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
+from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from ...kernels.errors import CheckpointError
 from ..process import Process, broadcast, together
@@ -37,7 +37,10 @@ class Checkpointer:
     called step-N is whole, and whatever a dead run left behind is hidden and removed by the next save.
 
         checkpointer = Checkpointer(run_dir / "checkpoints", process=process, keep_last=2)
-        newest = process_broadcast(newest_checkpoint(run_dir / "checkpoints"))
+        newest = broadcast(newest_checkpoint(run_dir / "checkpoints"))
+        if newest is not None:
+            engine.load(newest)
+        ...
         checkpointer.save(step, engine.state_dict(), {"config": config, "progress": ...}, metric=valid_loss)
         checkpointer.wait()
 
@@ -65,9 +68,9 @@ class Checkpointer:
         self._keep_last = max(1, keep_last)
         self._keep_best = keep_best
         # Its own group, so that writing in the background and training do not mix their messages.
-        self._group = (
-            dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s)) if process.world > 1 else None
-        )
+        self._group: dist.ProcessGroup | None = None
+        if process.world > 1:
+            self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))  # type: ignore[assignment]
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint") if asynchronous else None
         self._pending: Future[None] | None = None
 
@@ -100,6 +103,13 @@ class Checkpointer:
         if pending is not None:
             pending.result()
 
+    def close(self) -> None:
+        """Let a save in the background finish; its error is logged. For the way out, also after other errors."""
+        try:
+            self.wait()
+        except Exception as error:
+            logger.error("%s", error)
+
     def _write(self, step: int, hidden: Path, state: dict[str, Tensor], meta: dict[str, Any]) -> None:
         try:
             self._write_tensors(step, hidden, state)
@@ -115,7 +125,7 @@ class Checkpointer:
     def _write_tensors(self, step: int, hidden: Path, state: dict[str, Tensor]) -> None:
         # Copying ahead is for CUDA tensors; a background thread has copies on the CPU, and no device of its own.
         ahead = 10_000_000 if self._thread is None else 0
-        writer = FileSystemWriter(hidden, sync_files=True, per_thread_copy_ahead=ahead)
+        writer = _Writer(hidden, sync_files=True, per_thread_copy_ahead=ahead)
         try:
             dcp_save(state, storage_writer=writer, process_group=self._group, no_dist=self._group is None)
         except CheckpointException as error:  # DCP raises it on every rank, whichever failed
@@ -192,6 +202,19 @@ class Checkpointer:
         except OSError:
             free = ""
         return CheckpointError(f"{self.folder / f'step-{step}'} could not be written: {why}{free}")
+
+
+class _Writer(FileSystemWriter):
+    """DCP's writer, which says why a file could not be written: torch reports a full disk as a broken archive."""
+
+    def write_data(self, plan: Any, planner: Any) -> Any:
+        try:
+            return super().write_data(plan, planner)
+        except Exception as error:
+            cause: BaseException | None = error
+            while cause is not None and not isinstance(cause, OSError):
+                cause = cause.__cause__ or cause.__context__
+            raise error if cause is None else OSError(cause.errno, cause.strerror or str(cause)) from error
 
 
 def _in_use(name: str) -> bool:

@@ -19,10 +19,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.checkpoint import FileSystemReader
-from torch.distributed.checkpoint import load as dcp_load
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 
 from ...kernels.errors import CheckpointError
 from ..process import together
@@ -33,6 +33,9 @@ INDEX = ".metadata"
 FORMAT = 1
 
 logger = logging.getLogger(__name__)
+
+# DCP says so whenever a process works alone, which here is meant. Once for all: filters are not safe in threads.
+warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
 
 def read_meta(path: Path) -> dict[str, Any]:
@@ -159,9 +162,7 @@ def load(path: Path, state: dict[str, Tensor], alone: bool = False) -> None:
 
     def read() -> None:
         try:
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-                dcp_load(dict(state), storage_reader=_Reader(path), no_dist=True)
+            dcp_load(dict(state), storage_reader=_Reader(path), no_dist=True)
         except CheckpointException as error:
             raise CheckpointError(f"{path} cannot be read: {first_failure(error)}") from None
 

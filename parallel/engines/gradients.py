@@ -26,9 +26,10 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float | None, d
         square += _sum_over(get_total_norm(gradients).to(device).double().square(), mesh, sharded_dims)
     norm = square.sqrt().float()
     if max_norm is not None:
-        factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+        # A norm that is not finite would spoil every gradient; left alone, they show where it came from.
+        factor = torch.where(norm.isfinite(), (max_norm / (norm + 1e-6)).clamp(max=1.0), 1.0)
         for gradients in groups.values():
-            torch._foreach_mul_(gradients, factor)
+            torch._foreach_mul_(gradients, factor)  # type: ignore[reportPrivateImportUsage]
     return norm
 
 

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from ...kernels.errors import ConfigError
-from ..checkpoint.read import check_fits, load, read_shapes
+from ..checkpoint.read import check_fits, check_whole, load, read_shapes
 from ..checkpoint.state import OPTIMIZER, create_optimizer_state, model_state, optimizer_state, restore_numbers
 from ..layout import Layout, ResolvedLayout
 from ..process import Process, together
@@ -88,14 +88,15 @@ class TorchEngine:
             units: submodules that are gathered, freed and compiled one at a time: the blocks.
             float32: submodules whose own computation is in float32 under bf16: the routers.
             compile: torch.compile each unit.
-            deterministic: refuse operations that do not give the same bits twice.
+            deterministic: let torch refuse operations that do not give the same bits twice, from here on.
 
         Raises: ConfigError for an unknown precision or a layout that does not fit the world.
         """
         if precision not in PRECISIONS:
             raise ConfigError(f"trainer.precision={precision!r} is unknown, allowed: {', '.join(PRECISIONS)}")
         resolved = layout.resolve(process.world)
-        set_deterministic(deterministic)
+        if deterministic:
+            _refuse_nondeterminism()
         if compile:
             self._compile(units)
         is_meta = any(parameter.is_meta for parameter in model.parameters())
@@ -251,9 +252,13 @@ class TorchTraining:
 
     def load(self, path: Path) -> None:
         self._reshard()
-        together(lambda: check_fits(path, model_state(self.module)))
-        saved = together(lambda: any(name.startswith(OPTIMIZER) for name in read_shapes(path)))
-        if not saved:  # written before the first step
+
+        def look() -> bool:
+            check_whole(path)
+            check_fits(path, model_state(self.module))
+            return any(name.startswith(OPTIMIZER) for name in read_shapes(path))
+
+        if not together(look):  # written before the first step, so there is nothing to remember
             self.optimizer.state.clear()
             return load(path, model_state(self.module))
         created = not self.optimizer.state
@@ -278,11 +283,9 @@ class TorchTraining:
             module.reshard()
 
 
-def set_deterministic(on: bool) -> None:
-    """Make torch refuse operations that do not give the same bits twice; False takes an earlier True back."""
-    if on:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it first runs
-    torch.use_deterministic_algorithms(on)
+def _refuse_nondeterminism() -> None:
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts
+    torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = False
 
 

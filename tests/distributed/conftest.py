@@ -60,7 +60,9 @@ def run_ranks() -> Start:
                 printed.append(process.communicate()[0])
         codes = [process.returncode for process in ranks]
         if late or any(codes):
-            text = "\n".join(f"--- rank {rank}, exit code {codes[rank]}\n{out[-4000:]}" for rank, out in enumerate(printed))
+            text = "\n".join(
+                f"--- rank {rank}, exit code {codes[rank]}\n{out[-4000:]}" for rank, out in enumerate(printed)
+            )
             pytest.fail(f"{function} in {world} ranks {'took too long' if late else 'failed'}\n{text}", pytrace=False)
 
     return run

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from scatterfold.kernels.attention import attention
 
 

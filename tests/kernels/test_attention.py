@@ -4,9 +4,10 @@ import math
 
 import pytest
 import torch
+from torch.nn.attention.flex_attention import flex_attention
+
 from scatterfold.kernels import attention as attention_module
 from scatterfold.kernels.attention import Documents, attention
-from torch.nn.attention.flex_attention import flex_attention
 
 
 def loops(q, k, v, boundaries, window=None):

@@ -1,6 +1,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+
 from scatterfold.kernels.cross_entropy import linear_cross_entropy
 
 

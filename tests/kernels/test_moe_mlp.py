@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from scatterfold.kernels import ACTIVATIONS, BACKENDS, ConfigError, Routing, is_gated, moe_mlp
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -138,6 +139,31 @@ def test_padding_is_neither_read_nor_written():
     assert torch.isfinite(x.grad).all()
 
 
+def test_gradients_that_nobody_needs_are_not_computed():
+    for wanted in ([0], [1], [2], [5], [0, 5], [1, 2]):
+        inputs, every = problem(9, 5, 4, 6, "swiglu"), problem(9, 5, 4, 6, "swiglu")
+        for i in (0, 1, 2, 5):
+            inputs[i].requires_grad_(i in wanted)
+        for each in (inputs, every):
+            run(each, "swiglu", "cpu").square().sum().backward()
+        for i in (0, 1, 2, 5):
+            if i in wanted:
+                torch.testing.assert_close(inputs[i].grad, every[i].grad)
+            else:
+                assert inputs[i].grad is None
+
+
+def test_experts_without_tokens_get_zero_gradient_even_from_dirty_memory():
+    inputs = problem(40, 8, 6, 5, "swiglu", torch.float32)
+    used = inputs[4] != 3
+    for _ in range(3):  # the second round finds the memory that the first one left
+        garbage = torch.full((5, 12, 8), torch.nan)
+        del garbage
+        run((*inputs[:3], inputs[3][used], inputs[4][used], inputs[5][used]), "swiglu", "cpu").sum().backward()
+    assert torch.equal(inputs[1].grad[3], torch.zeros(12, 8))
+    assert torch.equal(inputs[2].grad[3], torch.zeros(8, 6))
+
+
 def test_same_input_gives_the_same_bits():
     def once():
         inputs = problem(64, 16, 12, 8, "swiglu", torch.float32)
@@ -165,7 +191,7 @@ def test_saved_for_backward_is_x_and_the_pre_activation(activation):
     assignments = int(routing.expert_offsets[-1])
     rows = (2 if is_gated(activation) else 1) * expert_width
     activations = 4 * (tokens * width + assignments * rows)
-    tables = 4 * assignments + 4 * assignments  # token and weight
+    tables = 3 * 4 * assignments + 4 * (tokens + 1)  # token, weight, and the same list seen by token
     weights = sum(w.numel() * 4 for w in inputs[1:3])
     assert sum(saved.values()) == activations + tables + weights
 

@@ -1,5 +1,6 @@
 import pytest
 import torch
+
 from scatterfold import ConfigError
 from scatterfold.moe.blocks import YarnScaling
 from scatterfold.moe.build import ModelPlan

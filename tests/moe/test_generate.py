@@ -1,5 +1,6 @@
 import pytest
 import torch
+
 from scatterfold import ConfigError, Experts, ModelConfig, TopKRouter, Transformer
 from scatterfold.moe import generate
 from scatterfold.moe.blocks import KeyValueCache

@@ -1,4 +1,5 @@
 import torch
+
 from scatterfold.moe.inject import inject_gradient
 from scatterfold.moe.recompute import checkpointed
 

@@ -1,4 +1,5 @@
 import torch
+
 from scatterfold.moe.recompute import checkpointed, recomputing, remember
 
 

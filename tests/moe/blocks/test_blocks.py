@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from scatterfold import ConfigError, Experts, MoELayer, TopKRouter
 from scatterfold.moe.blocks import (
     MLP,

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from scatterfold.kernels import DataError
 from scatterfold.moe.data.baselines import Trigram, gzip_bits, text_baselines, unigram_bits
 

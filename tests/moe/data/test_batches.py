@@ -5,6 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from scatterfold.kernels import ConfigError
 from scatterfold.moe.data.batches import MASKED, Batches, BatchMaker, Share, ValidBatches
 

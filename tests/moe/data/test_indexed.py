@@ -4,6 +4,7 @@ import struct
 
 import numpy as np
 import pytest
+
 from scatterfold.kernels import DataError
 from scatterfold.moe.data.indexed import HEADER, check_indexed, indexed_prefix, open_indexed
 from scatterfold.moe.data.megatron import indexed_dataset_builder

@@ -3,6 +3,7 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from scatterfold.kernels import ConfigError
 from scatterfold.moe.data import DataSettings
 from scatterfold.moe.data.settings import corpora, split_shares

@@ -6,6 +6,7 @@ import json
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from scatterfold.kernels import DataError
 from scatterfold.moe.data.sources import cut, describe, find_files, kind_of, read_documents
 

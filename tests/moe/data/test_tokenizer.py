@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
 from scatterfold.kernels import DataError
 from scatterfold.moe.data import ByteTokenizer, HFTokenizer, open_tokenizer, tokenizer_from
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 TEXTS = ["the quick brown fox", "def f(x):\n    return x", "naïve café, 東京 🦊", "the fox returns the quick"] * 3
 

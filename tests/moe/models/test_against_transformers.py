@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+
 from scatterfold import Experts, ModelConfig, TopKRouter, Transformer
 from scatterfold.moe.blocks import LinearScaling, Llama3Scaling, YarnScaling
 
@@ -126,9 +127,7 @@ def test_llama_with_rope_scaling(name):
         head_dim=16,
         rope_parameters={**parameters, "rope_theta": 5000.0},
     )
-    config = ModelConfig(
-        **OURS, ffn_width=48, norm_eps=1e-6, head_width=16, rope_theta=5000.0, rope_scaling=scaling
-    )
+    config = ModelConfig(**OURS, ffn_width=48, norm_eps=1e-6, head_width=16, rope_theta=5000.0, rope_scaling=scaling)
     assert_equal(theirs, config)
 
 

@@ -1,7 +1,9 @@
 import pytest
+
 from scatterfold import ConfigError, ModelConfig
 
 SHAPE = {"vocab_size": 41, "layers": 3, "width": 16, "heads": 4, "ffn_width": 32}
+MOE = {"num_experts": 4, "expert_width": 8}
 
 
 @pytest.mark.parametrize(
@@ -14,8 +16,14 @@ SHAPE = {"vocab_size": 41, "layers": 3, "width": 16, "heads": 4, "ffn_width": 32
         ({"head_width": 5}, "model.head_width=5 is odd"),
         ({"ffn_width": None}, "model.ffn_width=null, but layer 0 is dense"),
         ({"num_experts": 4}, "model.expert_width=null with model.num_experts=4"),
-        ({"num_experts": 4, "expert_width": 8, "moe_layers": (1, 3)}, r"moe_layers=\[1, 3\] names layer 3, allowed: 0 to 2"),
-        ({"num_experts": 4, "expert_width": 8, "first_k_dense": 3}, "no layer is a MoE layer with model.first_k_dense=3"),
+        (
+            {"num_experts": 4, "expert_width": 8, "moe_layers": (1, 3)},
+            r"moe_layers=\[1, 3\] names layer 3, allowed: 0 to 2",
+        ),
+        (
+            {"num_experts": 4, "expert_width": 8, "first_k_dense": 3},
+            "no layer is a MoE layer with model.first_k_dense=3",
+        ),
         ({"num_experts": 4, "expert_width": 8, "ffn_width": None, "first_k_dense": 1}, "but layer 0 is dense"),
         ({"qk_norm": "heads"}, "model.qk_norm='heads' is unknown, allowed: none, head, projection"),
         ({"activation": "swish"}, "model.activation='swish' is unknown, allowed: swiglu"),

@@ -5,10 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from torch.utils.flop_counter import FlopCounterMode
+
 from scatterfold import Experts, ModelConfig, TopKRouter, Transformer
 from scatterfold.moe.build import ModelPlan
 from scatterfold.moe.models import count_model
-from torch.utils.flop_counter import FlopCounterMode
 
 PRESETS = Path(__file__).resolve().parents[3] / "configs" / "model"
 SHAPE = {"vocab_size": 40, "layers": 4, "width": 16, "heads": 4, "kv_heads": 2, "max_positions": 32, "ffn_width": 24}
@@ -56,7 +57,7 @@ def test_counts_equal_the_built_module(name, activation):
 
 
 def test_flops_equal_those_of_an_operation_counter():
-    """A dense model is measured: the counter sees every matrix product. Attention is counted without its causal half."""
+    """Of a dense model: the counter sees every matrix product, but attention without its causal saving."""
     config = ModelConfig(**{**SHAPE, "width": 64, "ffn_width": 96})
     model, length = build(config), 32
     tokens = torch.zeros(1, length, dtype=torch.int64)

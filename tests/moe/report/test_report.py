@@ -5,6 +5,7 @@ import re
 
 import numpy as np
 import pytest
+
 from scatterfold.moe.report import write_report
 from scatterfold.moe.report.figures import MAX_LAYERS, draw_experts, draw_loss, smooth
 from scatterfold.moe.report.history import ExpertLoads, read_history
@@ -16,7 +17,13 @@ def write_run(folder, layers=3, experts=4, steps=40):
     with open(folder / "metrics.jsonl", "w") as metrics, open(folder / "experts.jsonl", "w") as loads:
         for step in range(1, steps + 1):
             bits = 2 + 6 * math.exp(-step / 10)
-            line = {"step": step, "loss": bits * math.log(2), "train_bits_per_byte": bits, "lr": 1e-3, "grad_norm": 1 / step}
+            line = {
+                "step": step,
+                "loss": bits * math.log(2),
+                "train_bits_per_byte": bits,
+                "lr": 1e-3,
+                "grad_norm": 1 / step,
+            }
             if layers:
                 line |= {"experts/max_violation": 0.5, "experts/router_entropy": 1.0, "experts/per_token": 2.0}
                 load = np.full(experts, 1 / experts).tolist()

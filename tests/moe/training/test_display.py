@@ -1,6 +1,7 @@
 import io
 
 import pytest
+
 from scatterfold.moe.training.display import Live, Plain, Silent, duration, make_display, quantity
 
 TRAIN = {

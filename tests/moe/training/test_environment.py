@@ -2,6 +2,7 @@ import json
 import subprocess
 
 import torch
+
 from scatterfold.moe.training.environment import describe_environment
 
 

@@ -1,8 +1,9 @@
 import pytest
 import torch
+from torch import nn
+
 from scatterfold.kernels import ConfigError
 from scatterfold.moe.training.optimizers import AdamW, set_learning_rate
-from torch import nn
 
 
 class Small(nn.Module):

@@ -2,6 +2,7 @@ import os
 import signal
 
 import pytest
+
 from scatterfold.moe.training.preemption import Preemption
 
 

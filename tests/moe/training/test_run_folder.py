@@ -15,7 +15,8 @@ def test_a_resumed_run_forgets_what_came_after_its_checkpoint(tmp_path):
     folder = RunFolder(tmp_path)
     train = [{"step": step, "loss": 1.0} for step in range(1, 8)]
     valid = [{"step": step, "valid_loss": 1.0} for step in (2, 4, 6)]
-    write(folder.metrics, [*train[:2], valid[0], *train[2:4], valid[1], *train[4:6], valid[2], train[6]], '{"step": 8, "lo')
+    lines = [*train[:2], valid[0], *train[2:4], valid[1], *train[4:6], valid[2], train[6]]
+    write(folder.metrics, lines, end='{"step": 8, "lo')
     write(folder.experts, [{"step": step, "layers": []} for step in (4, 8)])
     folder.cut_back(step=4, evaluated_step=2)
     assert read_lines(folder.metrics) == [*train[:2], valid[0], *train[2:4]]
@@ -57,6 +58,6 @@ def test_a_run_folder_that_cannot_be_made_is_named(tmp_path):
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
 def test_a_full_disk_is_named(tmp_path):
     folder = RunFolder(tmp_path)
-    with pytest.raises(ConfigError, match="No space left on device"), folder.writing(folder.metrics):
-        with open("/dev/full", "w") as file:
-            file.write("x")
+    message = "No space left on device"
+    with pytest.raises(ConfigError, match=message), folder.writing(folder.metrics), open("/dev/full", "w") as file:
+        file.write("x")

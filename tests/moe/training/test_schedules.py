@@ -1,6 +1,7 @@
 import math
 
 import pytest
+
 from scatterfold.kernels import ConfigError
 from scatterfold.moe.training.schedules import WSD, Constant, Cosine, Linear
 

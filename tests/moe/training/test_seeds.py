@@ -3,6 +3,7 @@ import random
 import numpy as np
 import pytest
 import torch
+
 from scatterfold.moe.training.seeds import derive_seed, deterministic_algorithms, seed_everything
 
 
@@ -16,7 +17,9 @@ def test_draws_depend_on_the_parts_and_on_nothing_before():
     draw()
     seed_everything(3, "step", 7, 0)
     assert draw() == first
-    seeds = {derive_seed(*parts) for parts in [(3, "step", 7, 0), (3, "step", 7, 1), (3, "step", 8, 0), (4, "step", 7, 0)]}
+    seeds = {
+        derive_seed(*parts) for parts in [(3, "step", 7, 0), (3, "step", 7, 1), (3, "step", 8, 0), (4, "step", 7, 0)]
+    }
     assert len(seeds) == 4
     assert all(0 <= seed < 2**63 for seed in seeds)
 

@@ -1,4 +1,5 @@
 import pytest
+
 from scatterfold.kernels import ConfigError
 from scatterfold.moe.training.settings import LoggerSettings, TrainerSettings
 

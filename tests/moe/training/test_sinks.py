@@ -4,6 +4,7 @@ import sys
 from importlib import util
 
 import pytest
+
 from scatterfold.kernels import ConfigError
 from scatterfold.moe.training import settings as settings_module
 from scatterfold.moe.training.run_folder import RunFolder, read_lines

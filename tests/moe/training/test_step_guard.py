@@ -1,11 +1,13 @@
 import math
 
 import torch
-from scatterfold.moe.training.step_guard import FirstNonFiniteOutput, StepGuard, first_non_finite_gradient
 from torch import nn
+
+from scatterfold.moe.training.step_guard import FirstNonFiniteOutput, StepGuard, first_non_finite_gradient
 
 
 def test_steps_are_counted_in_all_and_in_a_row():
+    assert StepGuard(limit=2, in_a_row=2).exhausted
     guard = StepGuard(limit=2, skipped=5)
     assert guard.allows(1.0, 1.0)
     assert not guard.allows(math.nan, 1.0)
@@ -30,6 +32,6 @@ def test_the_first_bad_layer_is_named():
     assert looked.name == "1"
 
 
-def test_the_first_bad_gradient_is_named():
-    assert first_non_finite_gradient({"a": 1.0, "b": math.inf, "c": math.nan}) == "b"
+def test_the_gradient_that_is_bad_first_in_the_backward_pass_is_named():
+    assert first_non_finite_gradient({"a": math.nan, "b": math.inf, "c": 1.0}) == "b"
     assert first_non_finite_gradient({"a": 1.0}) is None

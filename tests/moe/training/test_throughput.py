@@ -1,5 +1,6 @@
 import pytest
 import torch
+
 from scatterfold.moe.training.throughput import Meter, device_peak, peak_flops
 
 

@@ -1,0 +1,272 @@
+"""`moe_mlp_triton` against a float64 loop over tokens and experts, on the rounded inputs; run by test_interpreter.py."""
+
+import contextlib
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from scatterfold.kernels import ACTIVATIONS, Routing, is_gated
+from scatterfold.kernels.activations import activate
+from scatterfold.kernels.triton_backend import configs, moe_mlp_triton
+from scatterfold.kernels.triton_backend.configs import Config
+
+pytestmark = pytest.mark.usefixtures("poisoned")
+
+# Error of a result, in norm, over its norm: at most six values between inputs and result are rounded to the dtype.
+# The interpreter cuts bfloat16 off instead of rounding, so its unit is 2^-8 there.
+TOLERANCE = {torch.float32: 6 * 2**-22, torch.float16: 6 * 2**-11, torch.bfloat16: 6 * 2**-8}
+NAMES = ("x", "w_in", "w_out", "b_in", "b_out", "weight")
+
+
+class Problem:
+    """Random inputs in a dtype, held inside larger buffers of NaN, with a variable number of experts per token."""
+
+    def __init__(
+        self, tokens=21, width=24, expert_width=20, experts=5, activation="swiglu", dtype=torch.float32, bias=False,
+        choose=None, seed=0,
+    ):  # fmt: skip
+        self.generator = torch.Generator().manual_seed(seed)
+        self.activation, self.dtype = activation, dtype
+        hidden = 2 * expert_width if is_gated(activation) else expert_width
+        self.x = self.framed(tokens, width)
+        self.w_in = self.framed(experts, hidden, width, scale=width**-0.5)
+        self.w_out = self.framed(experts, width, expert_width, scale=expert_width**-0.5)
+        self.b_in = self.framed(experts, hidden).contiguous() if bias else None
+        self.b_out = self.framed(experts, width).contiguous() if bias else None
+        chosen = torch.rand(tokens, experts, generator=self.generator) < 0.4
+        chosen[:, 1:2] = False  # an expert without tokens
+        chosen[3:4] = False  # a token without experts
+        if choose is not None:
+            chosen = choose(chosen)
+        self.token, self.expert = chosen.nonzero(as_tuple=True)
+        self.weight = torch.rand(len(self.token), generator=self.generator) + 0.1
+        self.grad = torch.randn(tokens, width, generator=self.generator).to(dtype)
+
+    def framed(self, *shape, scale=1.0):
+        """A tensor whose rows end in 8 elements of NaN that no kernel may let into a result."""
+        frame = torch.full((*shape[:-1], shape[-1] + 8), float("nan"), dtype=self.dtype)
+        frame[..., : shape[-1]] = (scale * torch.randn(*shape, generator=self.generator)).to(self.dtype)
+        return frame[..., : shape[-1]]
+
+    def leaves(self, dtype=None):
+        tensors = [getattr(self, name) for name in NAMES]
+        return [
+            None if t is None else t.detach().to(dtype or t.dtype).requires_grad_() for t in tensors
+        ]  # detach keeps the strides, so the frame stays around the tensor
+
+    def routing(self, weight):
+        return Routing.from_assignments(self.token, self.expert, weight, len(self.x), len(self.w_in))
+
+    def ours(self, routing_of=None, **options):
+        """Output and gradients by the kernels."""
+        leaves = self.leaves()
+        x, w_in, w_out, b_in, b_out, weight = leaves
+        routing = (routing_of or self.routing)(weight)
+        out = moe_mlp_triton(x, w_in, w_out, routing, self.activation, b_in, b_out, **options)
+        out.backward(self.grad)
+        return [out.detach(), *(t.grad for t in leaves if t is not None)]
+
+    def expected(self):
+        """The same in float64, one (token, expert) pair after the other."""
+        leaves = self.leaves(torch.float64)
+        x, w_in, w_out, b_in, b_out, weight = leaves
+        rows = [torch.zeros(x.shape[1], dtype=torch.float64) for _ in x]
+        for token, expert, w in zip(self.token.tolist(), self.expert.tolist(), weight):
+            h = w_in[expert] @ x[token]
+            if b_in is not None:
+                h = h + b_in[expert]
+            y = w_out[expert] @ activate(self.activation, h)
+            if b_out is not None:
+                y = y + b_out[expert]
+            rows[token] = rows[token] + w * y
+        out = torch.stack(rows)
+        out.backward(self.grad.double())
+        return [out.detach(), *(torch.zeros_like(t) if t.grad is None else t.grad for t in leaves if t is not None)]
+
+
+def assert_close(results, expected, dtype):
+    assert len(results) == len(expected)
+    for result, reference in zip(results, expected):
+        assert result.shape == reference.shape
+        assert not result.isnan().any()
+        assert (result.double() - reference).norm() <= TOLERANCE[dtype] * reference.norm()
+
+
+def check(problem, **options):
+    assert_close(problem.ours(**options), problem.expected(), problem.dtype)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_each_activation_with_biases(activation):
+    check(Problem(activation=activation, bias=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(dtype):
+    check(Problem(dtype=dtype))
+
+
+@pytest.mark.parametrize(("width", "expert_width"), [(16, 16), (33, 7), (1, 1)])
+def test_widths_that_fit_the_tile_and_that_do_not(width, expert_width):
+    check(Problem(tokens=11, width=width, expert_width=expert_width))
+
+
+def one_expert(chosen):
+    chosen[:], chosen[:, 2] = False, True
+    return chosen
+
+
+@pytest.mark.parametrize("choose", [one_expert, torch.ones_like], ids=["one expert takes all", "all experts"])
+def test_skewed_and_full_routing(choose):
+    check(Problem(choose=choose, tokens=18))
+
+
+def test_one_expert_and_one_token():
+    check(Problem(experts=1, tokens=9, choose=torch.ones_like))
+    check(Problem(tokens=1, experts=3, choose=torch.ones_like, activation="relu2"))
+
+
+def test_no_assignment_and_no_token():
+    for tokens in (0, 5):
+        out, *grads = Problem(tokens=tokens, choose=torch.zeros_like).ours()
+        assert torch.equal(out, torch.zeros(tokens, 24)) and all(not grad.any() for grad in grads)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        Config(16, 16, 16, tma=False),
+        Config(16, 16, 16, parts=2, persistent=True),
+        Config(32, 16, 32, parts=4, tma=False, persistent=True, group_m=8),
+    ],
+    ids=["pointers", "persistent, two parts", "pointers, persistent, four parts"],
+)
+def test_each_variant_of_the_kernels(config):
+    kernels = ("up", "rows", "rows_k", "dact", "weight_grad")
+    with configs.forced(dict.fromkeys(kernels, config)):
+        check(Problem(tokens=30))
+        check(Problem(tokens=12, activation="gelu", expert_width=32))
+
+
+def test_padding_is_never_read_and_gets_no_gradient():
+    problem = Problem(bias=True)
+    count = len(problem.token)
+
+    def padded(weight):
+        routing = problem.routing(weight)
+        huge = torch.full((9,), 2**30, dtype=torch.int32)
+        nan = torch.full((9,), float("nan"))
+        padded.weight = torch.cat([routing.weight.detach(), nan]).requires_grad_()
+        return Routing(
+            torch.cat([routing.token, huge]),
+            padded.weight,
+            routing.expert_offsets,
+            torch.cat([routing.assignment, -huge]),
+            routing.token_offsets,
+        )
+
+    results, expected = problem.ours(padded)[:-1], problem.expected()
+    order = problem.routing(torch.arange(count)).weight
+    grad = padded.weight.grad
+    assert not grad[count:].any()
+    assert_close([*results, grad[:count]], [*expected[:-1], expected[-1][order]], problem.dtype)
+
+
+def test_recomputing_everything_changes_no_bit():
+    problem = Problem(tokens=12, dtype=torch.bfloat16, bias=True)
+    first, again, recomputed = problem.ours(), problem.ours(), problem.ours(recompute="all")
+    for a, b, c in zip(first, again, recomputed):
+        assert torch.equal(a, b) and torch.equal(a, c)
+
+
+@pytest.mark.parametrize("recompute", ["none", "all"])
+@pytest.mark.parametrize("activation", ["swiglu", "relu2"])
+def test_saved_bytes_follow_the_formula(recompute, activation):
+    problem = Problem(dtype=torch.bfloat16, activation=activation)
+    x, w_in, w_out, _, _, weight = problem.leaves()
+    routing, saved = problem.routing(weight), {}
+
+    def pack(t):
+        saved[t.data_ptr()] = t.numel() * t.element_size()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        moe_mlp_triton(x, w_in, w_out, routing, activation, recompute=recompute)
+    tokens, width = x.shape
+    experts, hidden = w_in.shape[:2]
+    rows = routing.token.numel()
+    tables = 4 * (3 * rows + experts + 1 + tokens + 1)  # token, weight, assignment; the two offsets
+    weights = 2 * (w_in.numel() + w_out.numel())  # parameters: saved by reference, no activation memory
+    pre_activation = 2 * rows * hidden if recompute == "none" else 0
+    saved.pop(0, None)  # empty tensors
+    assert sum(saved.values()) == 2 * tokens * width + pre_activation + tables + weights
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_only_the_needed_gradients_are_computed(name):
+    problem = Problem(bias=True)
+    leaves = problem.leaves()
+    for other, leaf in zip(NAMES, leaves):
+        leaf.requires_grad_(other == name)
+    x, w_in, w_out, b_in, b_out, weight = leaves
+    moe_mlp_triton(x, w_in, w_out, problem.routing(weight), "swiglu", b_in, b_out).backward(problem.grad)
+    grads = [leaf.grad for leaf in leaves]
+    index = NAMES.index(name)
+    assert all((grad is None) == (i != index) for i, grad in enumerate(grads))
+    assert_close([grads[index]], [problem.expected()[1 + index]], problem.dtype)
+
+
+def test_inference_mode_expanded_gradients_and_checkpointing():
+    problem = Problem()
+    x, w_in, w_out, _, _, weight = problem.leaves()
+    routing = problem.routing(weight)
+    expected = problem.expected()[0]
+    with torch.inference_mode():
+        assert_close([moe_mlp_triton(x, w_in, w_out, routing, "swiglu")], [expected], problem.dtype)
+    moe_mlp_triton(x, w_in, w_out, routing, "swiglu").sum().backward()  # its gradient has strides of 0
+    plain, x.grad = x.grad, None
+    routing = problem.routing(weight)
+    checkpoint(moe_mlp_triton, x, w_in, w_out, routing, "swiglu", use_reentrant=False).sum().backward()
+    assert torch.equal(plain, x.grad)
+
+
+def test_compiled_without_graph_breaks():
+    problem = Problem(tokens=5, experts=3)
+    x, w_in, w_out, _, _, weight = problem.leaves()
+
+    def run(x, w_in, w_out, weight):
+        routing = problem_routing.with_weight(weight)
+        return moe_mlp_triton(2 * x, w_in, w_out, routing, "swiglu") + 1
+
+    with without_poison():
+        problem_routing = problem.routing(weight.detach())
+        weight = problem_routing.weight.clone().requires_grad_()
+        eager = run(x, w_in, w_out, weight)
+        eager.backward(problem.grad)
+        expected = [t.grad.clone() for t in (x, w_in, w_out, weight)]
+        for t in (x, w_in, w_out, weight):
+            t.grad = None
+        compiled = torch.compile(run, fullgraph=True, backend="aot_eager")(x, w_in, w_out, weight)
+        compiled.backward(problem.grad)
+    assert torch.equal(eager, compiled)
+    assert all(torch.equal(t.grad, e) for t, e in zip((x, w_in, w_out, weight), expected))
+
+
+@contextlib.contextmanager
+def without_poison():
+    torch.use_deterministic_algorithms(False)
+    yield
+    torch.use_deterministic_algorithms(True)
+
+
+def test_operator_contracts():
+    from scatterfold.kernels.triton_backend.ops import _forward
+
+    problem = Problem(tokens=2, experts=2, bias=True)
+    x, w_in, w_out, b_in, b_out, weight = (t.detach().contiguous().requires_grad_() for t in problem.leaves())
+    routing = problem.routing(weight.detach())
+    tables = (routing.token, routing.expert_offsets, routing.assignment, routing.token_offsets)
+    weight = routing.weight.clone().requires_grad_()
+    with without_poison():
+        torch.library.opcheck(_forward, (x, w_in, w_out, b_in, b_out, weight, *tables, "swiglu", True))

@@ -1,0 +1,100 @@
+"""Every kernel compiles for sm_90, on a machine without a GPU, and what decides its speed is in the machine code.
+
+What is compiled are the launches that the host code really makes, recorded on meta tensors. SCATTERFOLD_COMPILE_ALL=1
+compiles every configuration, dtype and activation (about ten minutes); otherwise the defaults of common cases.
+"""
+
+import os
+from dataclasses import replace
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("interpreted kernels cannot be compiled", allow_module_level=True)
+
+from scatterfold.kernels import ACTIVATIONS, is_gated  # noqa: E402
+from scatterfold.kernels.triton_backend import configs, launch, ops, resources, routing  # noqa: E402
+
+ALL = os.environ.get("SCATTERFOLD_COMPILE_ALL") == "1"
+TENSOR_CORE_KERNELS = {"up_kernel", "rows_kernel", "dact_kernel", "weight_grad_kernel"}
+
+
+def recorded(rows_per_expert, dtype, activation="swiglu", bias=False, experts=8, width=1024, expert_width=512):
+    """The launches of a forward and a backward pass."""
+    rows = rows_per_expert * experts
+    tokens = rows // 2
+    hidden = 2 * expert_width if is_gated(activation) else expert_width
+
+    def meta(*shape, dtype=dtype):
+        return torch.empty(*shape, dtype=dtype, device="meta")
+
+    def index(size):
+        return meta(size, dtype=torch.int32)
+
+    x, w_in, w_out = meta(tokens, width), meta(experts, hidden, width), meta(experts, width, expert_width)
+    b_in, b_out = (meta(experts, hidden), meta(experts, width)) if bias else (None, None)
+    weight = meta(rows, dtype=torch.float32)
+    inputs = (x, w_in, w_out, b_in, b_out, weight, index(rows), index(experts + 1), index(rows), index(tokens + 1))
+    with launch.recording() as launches:
+        out, z = ops.forward_pass(*inputs, activation, True)
+        ops.backward_pass(out, *inputs, z, activation, [True, True, True, bias, bias, True])
+    return launches
+
+
+def check(recorded_launch):
+    usage = resources.usage(recorded_launch)
+    assert usage.spilled == 0, usage
+    assert usage.shared_bytes <= resources.SHARED_BYTES, usage
+    args = recorded_launch.args
+    half = any(getattr(value, "dtype", None) in (torch.bfloat16, torch.float16) for value in args.values())
+    if usage.kernel in TENSOR_CORE_KERNELS and half and args["BLOCK_M"] >= 64:
+        assert usage.wgmma > 0, usage
+        assert usage.async_copies > 0, usage
+        assert (usage.tma_loads > 0) == args.get("TMA", False), usage
+
+
+@pytest.mark.parametrize(
+    ("rows_per_expert", "dtype"), [(2048, torch.bfloat16), (1, torch.bfloat16), (2048, torch.float32)], ids=str
+)
+def test_default_configurations(rows_per_expert, dtype):
+    for each in recorded(rows_per_expert, dtype):
+        check(each)
+
+
+def test_routing_tables():
+    experts = torch.empty(4096, 8, dtype=torch.int64, device="meta")
+    with launch.recording() as launches:
+        routing.routing_tables(experts, 128, keep=torch.empty(4096, 8, dtype=torch.bool, device="meta"))
+    assert len(launches) == 2
+    for each in launches:
+        check(each)
+
+
+@pytest.mark.skipif(not ALL, reason="SCATTERFOLD_COMPILE_ALL=1 compiles every configuration")
+@pytest.mark.parametrize("problem", list(configs.all_problems()), ids=lambda problem: problem.key())
+def test_every_configuration(problem):
+    gated = problem.halves == 2
+    for config in configs.candidates(problem):
+        variants = {config, replace(config, persistent=True)}
+        for option in variants:
+            with configs.forced({problem.kernel: option}):
+                launches = recorded(problem.bucket, problem.dtype, "geglu" if gated else "gelu", bias=True)
+            for each in launches:
+                if each.args.get("BLOCK_K") == config.block_k and belongs(problem.kernel, each):
+                    check(each)
+
+
+def belongs(kernel, recorded_launch):
+    name, args = recorded_launch.kernel.__name__, recorded_launch.args
+    return name == f"{kernel}_kernel" or (name == "rows_kernel" and kernel == "rows_k" and args["W_K_ROWS"])
+
+
+@pytest.mark.skipif(not ALL, reason="SCATTERFOLD_COMPILE_ALL=1 compiles every activation")
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_every_activation(activation, dtype):
+    for rows_per_expert in (16, 64, 2048):
+        for each in recorded(rows_per_expert, dtype, activation, bias=True):
+            check(each)
