@@ -11,10 +11,25 @@ PACKAGES = find_packages(str(ROOT), include=["kernels*", "parallel*", "moe*", "t
 
 DEEPSPEED = ["deepspeed>=0.19"]
 HF = ["transformers>=5.0", "datasets>=3.0"]
-SWEEP = ["hydra-optuna-sweeper>=1.2", "hydra-submitit-launcher>=1.2"]
+# The sweeper asks for a pre-release of Hydra (">=1.1.0.dev7"), so without an upper bound pip takes Hydra 1.4rc, which
+# it does not fit; its optuna 2.10 cannot migrate a database through SQLAlchemy 2.
+SWEEP = [
+    "hydra-core<1.4",
+    "hydra-optuna-sweeper>=1.3,<1.4",
+    "sqlalchemy<2",
+    "hydra-submitit-launcher>=1.2,<1.4",
+]
 TENSORBOARD = ["tensorboard>=2.15"]
 DATA = ["pyarrow>=15", "zstandard>=0.22"]
-DEV = ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100", "ruff>=0.6", "pyright>=1.1", "pre-commit>=3", "build>=1"]
+DEV = [
+    "pytest>=8",
+    "pytest-timeout>=2.3",
+    "hypothesis>=6.100",
+    "ruff>=0.6",
+    "pyright>=1.1",
+    "pre-commit>=3",
+    "build>=1",
+]
 
 setup(
     name="scatterfold",

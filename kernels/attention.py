@@ -21,6 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .untraced import untraced
+
 varlen_attn: Any = None
 try:
     from torch.nn.attention.varlen import varlen_attn
@@ -148,14 +150,15 @@ def attention(
         if window is None:
             return _sdpa(q, k, v, is_causal=True)
         documents = Documents.rows(rows, length, q.device)
-    flat = [x.flatten(0, 1) for x in (q, k, v)]
+    shape = q.shape
+    q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
     if not q.is_cuda:
-        out = _document_by_document(*flat, documents, window)
+        out = _document_by_document(q, k, v, documents, window)
     elif q.dtype in (torch.bfloat16, torch.float16) and _varlen_serves(window):
-        out = _varlen(*flat, documents, window)
+        out = _varlen(q, k, v, documents, window)
     else:
-        out = _flex(*flat, documents, window)
-    return out.view(q.shape)
+        out = _flex(q, k, v, documents, window)
+    return out.view(shape)
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
@@ -189,7 +192,7 @@ def _causal_mask(queries: int, keys: int, window: int | None, device: torch.devi
     return seen if window is None else seen & (query - key < window)
 
 
-@torch.compiler.disable()  # every batch has other lengths: a trace would be made anew each time
+@untraced  # every batch has other lengths: a trace would be made anew each time
 def _document_by_document(q: Tensor, k: Tensor, v: Tensor, documents: Documents, window: int | None) -> Tensor:
     """(T, H, W), (T, G, W) -> (T, H, W) by one call for each run of documents of equal length."""
     plan = documents.plan
@@ -250,7 +253,7 @@ def _compiled_flex() -> Any:
     return torch.compile(flex_attention, dynamic=False)
 
 
-@torch.compiler.disable()
+@untraced
 def _flex(q: Tensor, k: Tensor, v: Tensor, documents: Documents, window: int | None) -> Tensor:
     """(T, H, W), (T, G, W) -> (T, H, W), all tokens as one row under a block mask."""
     q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))

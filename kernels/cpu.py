@@ -18,9 +18,10 @@ from torch.nn.functional import embedding_bag
 
 from .activations import activate_backward_out, activate_out
 from .routing import Routing
+from .untraced import untraced
 
 
-@torch.compiler.disable()  # loads of experts are Python numbers here: a trace would be made anew for each batch
+@untraced  # loads of experts are Python numbers here: a trace would be made anew for each batch
 def moe_mlp_cpu(x: Tensor, w_in: Tensor, w_out: Tensor, routing: Routing, activation: str) -> Tensor:
     """Same value and gradients as `moe_mlp_reference`, faster and with less memory. Runs on any device.
 
@@ -29,27 +30,28 @@ def moe_mlp_cpu(x: Tensor, w_in: Tensor, w_out: Tensor, routing: Routing, activa
     Shapes: x (T, D), w_in (E, 2F or F, D), w_out (E, D, F) -> (T, D), all of one dtype; routing.weight any float.
     """
     tables = routing.token, routing.assignment, routing.token_offsets, routing.expert_offsets
-    return _ExpertLoop.apply(x, w_in, w_out, routing.weight, *tables, activation)
+    return _ExpertLoop.apply(x, w_in, w_out, routing.weight, *tables, activation, torch.is_grad_enabled())
 
 
 class _ExpertLoop(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, w_in, w_out, weight, token, assignment, token_offsets, expert_offsets, activation):
+    def forward(ctx, x, w_in, w_out, weight, token, assignment, token_offsets, expert_offsets, activation, save):
         offsets = expert_offsets.tolist()  # the one host synchronisation
         total, longest = offsets[-1], _longest(offsets)
-        h = x.new_empty(total, w_in.shape[1])
+        h = x.new_empty(total if save else longest, w_in.shape[1])
         outputs = x.new_empty(total, x.shape[1])
         rows_buffer = x.new_empty(longest, x.shape[1])
         activation_buffer = x.new_empty(longest, w_out.shape[2])
         for expert, own in _non_empty(offsets):
             count = own.stop - own.start
-            rows, a_e = rows_buffer[:count], activation_buffer[:count]
+            rows, a_e, h_e = rows_buffer[:count], activation_buffer[:count], h[own] if save else h[:count]
             torch.index_select(x, 0, token[own], out=rows)
-            torch.mm(rows, w_in[expert].T, out=h[own])
-            activate_out(activation, h[own], out=a_e, inner=a_e)
+            torch.mm(rows, w_in[expert].T, out=h_e)
+            activate_out(activation, h_e, out=a_e, inner=a_e)
             torch.mm(a_e.mul_(weight[own, None]), w_out[expert].T, out=outputs[own])
-        ctx.save_for_backward(x, w_in, w_out, weight, token, assignment, token_offsets, h)
-        ctx.offsets, ctx.activation = offsets, activation
+        if save:
+            ctx.save_for_backward(x, w_in, w_out, weight, token, assignment, token_offsets, h)
+            ctx.offsets, ctx.activation = offsets, activation
         return _sum_per_token(outputs, assignment, token_offsets)
 
     @staticmethod
@@ -85,7 +87,7 @@ class _ExpertLoop(torch.autograd.Function):
             if grad_rows_x is not None:
                 torch.mm(grad_h, w_in[expert], out=grad_rows_x[own])
         grad_x = None if grad_rows_x is None else _sum_per_token(grad_rows_x, assignment, token_offsets)
-        return grad_x, grad_in, grad_out_weight, grad_weight, None, None, None, None, None
+        return grad_x, grad_in, grad_out_weight, grad_weight, None, None, None, None, None, None
 
 
 def _non_empty(offsets: list[int]) -> Iterator[tuple[int, slice]]:

@@ -7,9 +7,10 @@ from torch import Tensor
 
 from .activations import activate
 from .routing import Routing
+from .untraced import untraced
 
 
-@torch.compiler.disable()  # as the CPU path: one trace per batch would be made
+@untraced  # as the CPU path: one trace per batch would be made
 def moe_mlp_reference(x: Tensor, w_in: Tensor, w_out: Tensor, routing: Routing, activation: str) -> Tensor:
     """Sum over the experts of each token of weight * w_out[e] @ activation(w_in[e] @ x).
 

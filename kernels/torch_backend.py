@@ -10,29 +10,10 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from .activations import activate, activate_backward
+from .activations import activate_backward_out, activate_out, is_gated
+from .fused_operator import fused_operator, new_gradients
 from .grouped_mm import grouped_bias_grad, grouped_rows, grouped_weight_grad, sum_by_token
-from .routing import Routing
-
-
-def moe_mlp_torch(
-    x: Tensor,
-    w_in: Tensor,
-    w_out: Tensor,
-    routing: Routing,
-    activation: str,
-    b_in: Tensor | None = None,
-    b_out: Tensor | None = None,
-) -> Tensor:
-    """Same value and gradients as `moe_mlp_reference`, by `F.grouped_mm`. Runs on any device.
-
-    Shapes: x (T, D), w_in (E, 2F or F, D), w_out (E, D, F), b_in (E, 2F or F), b_out (E, D) -> (T, D), all of one
-        dtype; routing.weight any float.
-    """
-    tables = (routing.token, routing.expert_offsets, routing.assignment, routing.token_offsets)
-    return _Pipeline.apply(x, w_in, w_out, b_in, b_out, routing.weight, *tables, activation)  # pyright: ignore
 
 
 def fits_grouped_mm(dtype: torch.dtype, *widths: int) -> bool:
@@ -56,55 +37,6 @@ def _weight_grad(grad: Tensor, x: Tensor, offsets: Tensor) -> Tensor:
     return grouped_weight_grad(grad, x, None, None, offsets)
 
 
-class _Pipeline(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, w_in, w_out, b_in, b_out, weight, token, expert_offsets, assignment, token_offsets, activation):
-        tables = _Tables(token, expert_offsets, w_in.shape[0])
-        z = _rows(x[tables.source], w_in, expert_offsets)
-        if b_in is not None:
-            z += b_in[tables.expert]
-        y = _rows(activate(activation, z), w_out, expert_offsets)
-        if b_out is not None:
-            y += b_out[tables.expert]
-        ctx.save_for_backward(
-            x, w_in, w_out, b_in, b_out, weight, token, expert_offsets, assignment, token_offsets, z
-        )  # fmt: skip
-        ctx.activation = activation
-        return sum_by_token(y, weight, assignment, token_offsets)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        x, w_in, w_out, _, b_out, weight, token, expert_offsets, assignment, token_offsets, z = ctx.saved_tensors
-        need_x, need_in, need_out, need_b_in, need_b_out, need_weight = ctx.needs_input_grad[:6]
-        tables = _Tables(token, expert_offsets, w_in.shape[0])
-        dx = dw_in = dw_out = db_in = db_out = dweight = None
-        rows = grad[tables.source]
-        a = activate(ctx.activation, z)
-        da = _rows(rows, w_out.transpose(1, 2), expert_offsets)  # of the un-weighted activation
-        if need_weight:
-            dweight = torch.linalg.vecdot(da.to(weight.dtype), a.to(weight.dtype))
-            if b_out is not None:
-                dweight += torch.linalg.vecdot(rows.to(weight.dtype), b_out[tables.expert].to(weight.dtype))
-            dweight = torch.where(tables.counts, dweight, 0)
-        scale = torch.where(tables.counts, weight, 0)[:, None].to(x.dtype)
-        if need_out:
-            dw_out = _weight_grad(rows, a.mul_(scale), expert_offsets)
-        del a
-        if need_b_out:
-            db_out = grouped_bias_grad(rows.mul_(scale), None, expert_offsets)
-        del rows
-        dz = activate_backward(ctx.activation, z, da.mul_(scale))
-        del da, z
-        if need_in:
-            dw_in = _weight_grad(dz, x[tables.source], expert_offsets)
-        if need_b_in:
-            db_in = grouped_bias_grad(dz, None, expert_offsets)
-        if need_x:
-            dx = sum_by_token(_rows(dz, w_in.transpose(1, 2), expert_offsets), None, assignment, token_offsets)
-        return dx, dw_in, dw_out, db_in, db_out, dweight, None, None, None, None, None
-
-
 class _Tables:
     """Which assignments count, and their token and expert, 0 for those that do not."""
 
@@ -113,3 +45,90 @@ class _Tables:
         self.counts = index < expert_offsets[-1]
         self.source = torch.where(self.counts, token, 0)
         self.expert = torch.searchsorted(expert_offsets[1:], index, right=True).clamp_(max=num_experts - 1)
+
+
+def forward_pass(
+    x: Tensor,
+    w_in: Tensor,
+    w_out: Tensor,
+    b_in: Tensor | None,
+    b_out: Tensor | None,
+    weight: Tensor,
+    token: Tensor,
+    expert_offsets: Tensor,
+    assignment: Tensor,
+    token_offsets: Tensor,
+    activation: str,
+    save_z: bool,
+) -> tuple[Tensor, Tensor]:
+    """Gather, GEMM, activation, GEMM, sum by token. See `fused_operator`."""
+    tables = _Tables(token, expert_offsets, w_in.shape[0])
+    z = _pre_activation(x, w_in, b_in, expert_offsets, tables)
+    a = z.new_empty(z.shape[0], w_out.shape[2])
+    activate_out(activation, z, a, a)
+    if not save_z:
+        z = z.new_empty(0)
+    y = _rows(a, w_out, expert_offsets)
+    del a
+    if b_out is not None:
+        y += b_out[tables.expert]
+    return sum_by_token(y, weight, assignment, token_offsets), z
+
+
+def backward_pass(
+    grad: Tensor,
+    x: Tensor,
+    w_in: Tensor,
+    w_out: Tensor,
+    b_in: Tensor | None,
+    b_out: Tensor | None,
+    weight: Tensor,
+    token: Tensor,
+    expert_offsets: Tensor,
+    assignment: Tensor,
+    token_offsets: Tensor,
+    z: Tensor,
+    activation: str,
+    needs: list[bool],
+) -> list[Tensor]:
+    """The gradients, gathered rows gathered again. See `fused_operator`."""
+    need_x, need_in, need_out, need_b_in, need_b_out, need_weight = needs
+    grads = new_gradients((x, w_in, w_out, b_in, b_out, weight), [False] * 6)
+    tables = _Tables(token, expert_offsets, w_in.shape[0])
+    if not z.numel():
+        z = _pre_activation(x, w_in, b_in, expert_offsets, tables)
+    rows = grad[tables.source]
+    a, dz = z.new_empty(z.shape[0], w_out.shape[2]), torch.empty_like(z)
+    activate_out(activation, z, a, dz.chunk(2, dim=-1)[1] if is_gated(activation) else a)
+    da = _rows(rows, w_out.transpose(1, 2), expert_offsets)  # of the un-weighted activation
+    if need_weight:
+        inner = torch.linalg.vecdot(da.to(weight.dtype), a.to(weight.dtype))
+        if b_out is not None:
+            inner += torch.linalg.vecdot(rows.to(weight.dtype), b_out[tables.expert].to(weight.dtype))
+        grads[5] = torch.where(tables.counts, inner, 0)
+    scale = torch.where(tables.counts, weight, 0)[:, None].to(x.dtype)
+    if need_out:
+        grads[2] = _weight_grad(rows, a.mul_(scale), expert_offsets)
+    del a
+    if need_b_out:
+        grads[4] = grouped_bias_grad(rows.mul_(scale), None, expert_offsets)
+    del rows
+    activate_backward_out(activation, z, da.mul_(scale), dz)
+    del da, z
+    if need_in:
+        grads[1] = _weight_grad(dz, x[tables.source], expert_offsets)
+    if need_b_in:
+        grads[3] = grouped_bias_grad(dz, None, expert_offsets)
+    if need_x:
+        grads[0] = sum_by_token(_rows(dz, w_in.transpose(1, 2), expert_offsets), None, assignment, token_offsets)
+    return grads
+
+
+def _pre_activation(x: Tensor, w_in: Tensor, b_in: Tensor | None, expert_offsets: Tensor, tables: _Tables) -> Tensor:
+    z = _rows(x[tables.source], w_in, expert_offsets)
+    if b_in is not None:
+        z += b_in[tables.expert]
+    return z
+
+
+moe_mlp_torch = fused_operator("moe_mlp_torch", forward_pass, backward_pass)

@@ -15,6 +15,8 @@ from typing import TypeVar
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from ..kernels.untraced import untraced
+
 T = TypeVar("T")
 
 
@@ -51,7 +53,7 @@ def remember(decide: Callable[[], T]) -> T:
     return decision
 
 
-@torch.compiler.disable()
+@untraced
 def recomputing() -> bool:
     """True inside the recomputation of a checkpointed call."""
     tape = _current.get()

@@ -400,7 +400,7 @@ def test_a_bad_step_is_skipped_and_counted(make, tmp_path, monkeypatch):
     [
         (lambda module: module.blocks[1].mlp.experts.w_in.data.fill_(math.inf), "output of blocks.1.mlp.experts"),
         (
-            lambda module: module.blocks[1].attention.register_full_backward_pre_hook(nan_gradient),
+            lambda module: module.blocks[1].attention.register_full_backward_pre_hook(spread_nan),
             "gradient of blocks.1.attention",
         ),
     ],

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -238,7 +239,9 @@ def session(request: Request) -> Iterator[Session]:
     """Set Hydra up for one request, and take it down again."""
     if str(PLUGINS) not in sys.path:
         sys.path.append(str(PLUGINS))
-    version.setbase("1.3")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Hydra 1.4 says that 1.5 will not know this any more
+        version.setbase("1.3")
     GlobalHydra.instance().clear()
     path = create_config_search_path(f"file://{request.config_path or CONFIGS}")
     if request.config_path is not None:

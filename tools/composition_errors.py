@@ -91,18 +91,18 @@ def _composition(error: HydraException, overrides: Sequence[str]) -> ConfigError
         if match:
             return _sweep_without_multirun(match.group(1))
     cause = next((c for c in causes(error) if isinstance(c, OmegaConfBaseException)), None)
-    override = re.search(r"(?:Error merging override|Could not override) '?([^'\n]+?)'?\.?(?:\n|$)", text)
-    if override:
-        named = override.group(1).strip()
-        if "No match in the defaults list" in text:
-            return ConfigError(
-                f"{named}=… chooses a file, but this configuration is a resolved one without groups, "
-                f"allowed: values such as {named}.KEY=VALUE"
-            )
-        typed = next((o for o in overrides if o.partition("=")[0].lstrip("+~") == named), named)
-        reason = f" ({_first_line(str(cause.msg or cause))})" if cause is not None else ""
-        return ConfigError(one_line(f"{typed} cannot be set{reason}, allowed: a key of the configuration"))
-    return ConfigError(one_line(_first_line(text)))
+    named = re.search(r"Could not override '([^']+)'|Error merging override (\S+)", text)
+    if named is None:
+        return ConfigError(one_line(_first_line(text)))
+    key = (named.group(1) or named.group(2)).partition("=")[0].lstrip("+~")
+    if "No match in the defaults list" in text:
+        return ConfigError(
+            f"{key}=… chooses a file, but this configuration is a resolved one without groups, allowed: values such as "
+            f"{key}.KEY=VALUE"
+        )
+    typed = next((word for word in overrides if word.partition("=")[0].lstrip("+~") == key), key)
+    reason = f" ({_first_line(str(cause.msg or cause))})" if cause is not None else ""
+    return ConfigError(one_line(f"{typed} cannot be set{reason}, allowed: a value that the key can hold"))
 
 
 def _bad_yaml(error: YAMLError) -> ConfigError:

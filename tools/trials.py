@@ -126,7 +126,8 @@ class Sweep:
         if parallel < 1:
             raise ConfigError(f"hydra.launcher.parallel={parallel} is too small, allowed: 1 or more")
         sweep_folder = Path(str(config.hydra.sweep.dir))
-        print(f"sweep {sweep_folder}: {len(jobs)} trials", flush=True)
+        if not self.trials:
+            print(f"sweep {sweep_folder}", flush=True)
         placed: list[tuple[Trial, Path]] = []
         for number, overrides in jobs:
             taken = {folder for _, folder in placed}

@@ -1,4 +1,4 @@
-"""The GPU backend: gather, GEMM, activation and combine in fused Triton kernels. Import only where triton is installed."""
+"""The GPU backend: gather, GEMM, activation and combine in fused Triton kernels. Importing it imports triton."""
 
 from .ops import moe_mlp_triton
 

@@ -16,7 +16,7 @@ def combine_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """out[t] = sum over the assignments n of token t of weight[n] * y[n]; no weight: 1. Zero for a token without any."""
+    """out[t] = sum over the assignments n of token t of weight[n] * y[n]; no weight: 1. Without any: zero."""
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     column_in = column < D

@@ -1,9 +1,9 @@
 """Tile configurations: shipped defaults, tuning on request, and a cache on disk.
 
 A choice is keyed by kernel, dtype, widths and a *bucket* of rows per expert (a power of two), never by the number of
-rows itself, so a changing batch does not tune again. Nothing is tuned unless SCATTERFOLD_AUTOTUNE=1; what was tuned once
-on a device is read from disk ever after. Every configuration here is compiled ahead of time for sm_90 by the tests: it
-uses wgmma in half precision, spills no register and fits the shared memory.
+rows itself, so a changing batch does not tune again. Nothing is tuned unless SCATTERFOLD_AUTOTUNE=1; what was tuned
+once on a device is read from disk ever after. Every configuration here is compiled ahead of time for sm_90 by the
+tests: it uses wgmma in half precision, spills no register and fits the shared memory.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Config:
 
 @dataclass(frozen=True)
 class Problem:
-    """What a choice of configuration depends on. For weight gradients `outputs` x `contracted` is one expert's matrix."""
+    """What a choice of configuration depends on. For weight gradients, outputs x contracted is an expert's matrix."""
 
     kernel: str  # up, rows, rows_k (weights stored contracted side first), dact, weight_grad
     dtype: torch.dtype
@@ -63,8 +63,8 @@ class Problem:
 
 
 # Per kernel: from few to many rows per expert, (largest bucket, the default and its alternatives).
-# "dact" and a gated "up" hold large accumulators when their epilogue begins: hence its parts. A gathered weight gradient
-# spends a pipeline stage on the index for each on the rows: hence its stages.
+# "dact" and a gated "up" hold large accumulators when their epilogue begins: hence its parts. A gathered weight
+# gradient spends a pipeline stage on the index for each on the rows: hence its stages.
 _HALF: dict[str, list[tuple[int, list[Config]]]] = {
     "up": [
         (16, [Config(16, 32, 128, 4, 4), Config(16, 64, 64, 4, 4), Config(16, 32, 64, 4, 5)]),

@@ -136,8 +136,15 @@ def rows_of(t: Tensor) -> Tensor:
 
 
 def up(
-    x: Tensor, token: Tensor, w: Tensor, bias: Tensor | None, z: Tensor | None, a: Tensor | None, groups: Groups, activation: str
-) -> None:  # fmt: skip
+    x: Tensor,
+    token: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    z: Tensor | None,
+    a: Tensor | None,
+    groups: Groups,
+    activation: str,
+) -> None:
     """Fill z (N, 2F or F), the pre-activation, and a (N, F), the activation; either may be None."""
     halves = 2 if activation in GATED else 1
     width, outputs = x.shape[1], w.shape[1] // halves
@@ -236,8 +243,16 @@ def rows(
 
 
 def dact(
-    grad: Tensor, token: Tensor, w_out: Tensor, z: Tensor, weight: Tensor, dz: Tensor, weighted: Tensor, groups: Groups, activation: str
-) -> Tensor:  # fmt: skip
+    grad: Tensor,
+    token: Tensor,
+    w_out: Tensor,
+    z: Tensor,
+    weight: Tensor,
+    dz: Tensor,
+    weighted: Tensor,
+    groups: Groups,
+    activation: str,
+) -> Tensor:
     """Fill dz like z and weighted (N, F); returns the partial gradients of the combine weights, (column tiles, N)."""
     halves = 2 if activation in GATED else 1
     outputs, contracted = w_out.shape[2], w_out.shape[1]
@@ -285,7 +300,7 @@ def dact(
 
 def weight_gradient(
     a: Tensor, a_index: Tensor | None, b: Tensor, b_index: Tensor | None, out: Tensor, groups: Groups
-) -> None:  # fmt: skip
+) -> None:
     """Fill out (E, P, Q) with a[a_index].T @ b[b_index] over each expert's rows."""
     num_experts, p, q = out.shape
 
@@ -321,9 +336,7 @@ def weight_gradient(
     configs.run(Problem("weight_grad", a.dtype, groups.num_rows, num_experts, p, q), a.device, run)
 
 
-def bias_gradient(
-    rows: Tensor, index: Tensor | None, scale: Tensor | None, out: Tensor, groups: Groups
-) -> None:  # fmt: skip
+def bias_gradient(rows: Tensor, index: Tensor | None, scale: Tensor | None, out: Tensor, groups: Groups) -> None:
     """Fill out (E, P) with the sum of scale * rows[index] over each expert's rows."""
     num_experts, p = out.shape
     block_p = min(128, triton.next_power_of_2(p))
@@ -365,7 +378,7 @@ def sum_by_token(y: Tensor, weight: Tensor | None, assignment: Tensor, token_off
 
 def weight_from_partials(
     partial: Tensor, grad: Tensor, token: Tensor, b_out: Tensor | None, out: Tensor, groups: Groups
-) -> None:  # fmt: skip
+) -> None:
     """Fill out (N,), the gradient of the combine weights: the partial products, and grad . b_out, in fixed order."""
     if b_out is not None:
         extra = torch.empty(1, groups.num_rows, dtype=torch.float32, device=partial.device)

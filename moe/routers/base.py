@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -69,6 +70,8 @@ class Router(nn.Module, ABC):
     Shapes: hidden (T, D) -> RouterOutput.
     Raises: ConfigError for a value out of range.
     """
+
+    bias: nn.Parameter | None
 
     def __init__(
         self,
@@ -136,9 +139,8 @@ class Router(nn.Module, ABC):
 
     def reset_buffers(self) -> None:
         """Bring the state that no gradient changes to its start; needed after `to_empty`."""
-        for loss in self.losses.values():
-            if isinstance(loss, GlobalBatchBalance):
-                loss.reset_buffers()
+        for loss in self._own_losses():
+            loss.reset_buffers()
 
     @torch.no_grad()
     def finish_step(self, counts: Tensor) -> None:
@@ -147,7 +149,7 @@ class Router(nn.Module, ABC):
         Args:
             counts: (E,) assignments before dropping, summed over all micro-batches and ranks.
         """
-        for loss in self.losses.values():
+        for loss in self._own_losses():
             loss.finish_step(counts)
 
     def forward(self, hidden_TD: Tensor, context: StepContext = ALONE) -> RouterOutput:
@@ -168,6 +170,9 @@ class Router(nn.Module, ABC):
             losses = {name: loss(decision) for name, loss in self.losses.items()} if self.training else {}
             entropy = torch.special.entr(probs_TE.detach()).sum()
         return RouterOutput(routing, losses, verdict.counts, verdict.dropped, entropy)
+
+    def _own_losses(self) -> Iterable[RouterLoss]:
+        return cast(Iterable[RouterLoss], self.losses.values())
 
     def _logits(self, hidden_TD: Tensor) -> Tensor:
         dtype = torch.promote_types(hidden_TD.dtype, torch.float32)

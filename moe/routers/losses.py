@@ -45,6 +45,9 @@ class RouterLoss(nn.Module):
         """() loss, coefficient included; zero for no tokens."""
         raise NotImplementedError
 
+    def reset_buffers(self) -> None:
+        """Bring state, if there is any, to its start; needed after `to_empty`."""
+
     def finish_step(self, counts: Tensor) -> None:
         """Called once per optimizer step with the assignments (E,) of all ranks and micro-batches, before dropping."""
 

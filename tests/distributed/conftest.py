@@ -35,7 +35,7 @@ def run_ranks() -> Start:
     printed if one of them fails or they take longer than `timeout` seconds.
     """
 
-    def run(world: int, file: str | Path, function: str, *arguments: object, timeout: float = 120.0) -> None:
+    def run(world: int, file: str | Path, function: str, *arguments: object, timeout: float = 300.0) -> None:
         command = [sys.executable, str(file), function, *map(str, arguments)]
         port = free_port()
         ranks = [

@@ -51,7 +51,7 @@ def one_rank_fails():
 @pytest.mark.distributed
 @pytest.mark.parametrize("function", ["two_ranks", "one_rank_fails"])
 def test_two_processes(run_ranks, function):
-    run_ranks(2, __file__, function, timeout=60)
+    run_ranks(2, __file__, function)
 
 
 if __name__ == "__main__":

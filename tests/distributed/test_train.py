@@ -2,6 +2,7 @@
 
 import copy
 import json
+import socket
 import subprocess
 import sys
 
@@ -22,9 +23,11 @@ from scatterfold.moe.training import loop, run
 
 def main():
     step = loop.Loop._step
-    for config, run_dir, action in json.loads(Path(sys.argv[1]).read_text()):
+    os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)
+    for config, run_dir, action, port in json.loads(Path(sys.argv[1]).read_text()):
+        os.environ["MASTER_PORT"] = str(port)  # each training meets at a place of its own
         def act_then_step(self, requested, action=action):
-            if self.process.rank == 1 and self.progress.step == 6 and action != "none":
+            if self.process.rank == 1 and self.progress.step == 5 and action != "none":
                 os.kill(os.getpid(), getattr(signal, action))
             return step(self, requested)
 
@@ -37,12 +40,19 @@ main()
 
 
 def torchrun(folder, *jobs):
-    """Train (config, run_dir, action) one after the other in one launch; action is what rank 1 gets before step 6."""
+    """Train (config, run_dir, action) one after the other in one launch; rank 1 gets the signal `action` in step 5."""
     (folder / "worker.py").write_text(WORKER)
-    (folder / "jobs.json").write_text(json.dumps([[config, str(run_dir), action] for config, run_dir, action in jobs]))
+    listed = [[config, str(run_dir), action, free_port()] for config, run_dir, action in jobs]
+    (folder / "jobs.json").write_text(json.dumps(listed))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += [str(folder / "worker.py"), str(folder / "jobs.json")]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def results(run_dir):
@@ -63,16 +73,19 @@ def assert_same_run(one, other):
 
 
 def assert_close_run(one, other):
-    """The same lines within float32 rounding; what counts assignments may move by single ones that were on an edge."""
-    assert len(metrics(one)) == len(metrics(other))
-    for mine, theirs in zip(metrics(one), metrics(other)):
+    """The same lines within float32 rounding."""
+    assert len(one) == len(other)
+    tolerances = {"grad_norm": {"rel": 1e-3}, "experts/max_violation": {"abs": 0.05}}  # moved by single tokens
+    close = ("loss", "lr", "valid_loss", "bits_per_byte", "train_bits_per_byte", "aux/z_loss")
+    for mine, theirs in zip(one, other):
         assert mine.keys() == theirs.keys()
-        for name in ("step", "tokens", "skipped_steps"):
-            assert mine.get(name) == theirs.get(name)
-        for name in ("loss", "lr", "valid_loss", "bits_per_byte", "train_bits_per_byte", "aux/z_loss"):
-            assert mine.get(name) == pytest.approx(theirs.get(name), rel=1e-5), (mine["step"], name)
-        assert mine.get("grad_norm") == pytest.approx(theirs.get("grad_norm"), rel=1e-3)
-        assert mine.get("experts/max_violation") == pytest.approx(theirs.get("experts/max_violation"), abs=0.05)
+        for name in mine.keys() & {"step", "tokens", "skipped_steps"}:
+            assert mine[name] == theirs[name]
+        for name in mine.keys() & {*close, *tolerances}:
+            assert mine[name] == pytest.approx(theirs[name], **tolerances.get(name, {"rel": 1e-5})), (
+                mine["step"],
+                name,
+            )
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +155,7 @@ def runs(config, sharded, tmp_path_factory):
 @pytest.mark.parametrize("layout", ["copies", "shards"])
 def test_two_processes_have_the_curve_of_one(runs, layout):
     assert results(runs / layout) == [[True, 10], [True, 10]]
-    assert_close_run(runs / layout, runs / "alone")
+    assert_close_run(metrics(runs / layout), metrics(runs / "alone"))
     expected = load_model(runs / "alone").model.state_dict()
     for name, value in load_model(runs / layout).model.state_dict().items():
         torch.testing.assert_close(value, expected[name], rtol=1e-3, atol=1e-4)
@@ -168,8 +181,4 @@ def test_a_run_of_two_processes_goes_on_in_one(runs, config, tmp_path):
     """The checkpoint of another layout, and the data where it was."""
     resumed = {**config, "resume": str(runs / "shards" / "checkpoints" / "step-8")}
     train(resumed, tmp_path)
-    expected = [line for line in metrics(runs / "alone") if line["step"] > 8]
-    assert [line["step"] for line in metrics(tmp_path)] == [line["step"] for line in expected]
-    for mine, theirs in zip(metrics(tmp_path), expected):
-        for name in ("loss", "valid_loss"):
-            assert mine.get(name) == pytest.approx(theirs.get(name), rel=1e-5)
+    assert_close_run(metrics(tmp_path), [line for line in metrics(runs / "alone") if line["step"] > 8])

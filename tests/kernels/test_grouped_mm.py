@@ -31,6 +31,8 @@ def loop(x, w, offsets, grad):
     for expert in range(len(w)):
         for row in range(int(offsets[expert]), int(offsets[expert + 1])):
             y[row] = w[expert] @ x[row]
+    if not y.requires_grad:  # no rows at all
+        return y, torch.zeros_like(x), torch.zeros_like(w)
     y.backward(grad.double())
     return y.detach(), x.grad, w.grad
 
@@ -73,6 +75,7 @@ def test_no_rows_and_one_expert(rows):
         assert_close(result, reference, torch.float32)
 
 
+@pytest.mark.skipif(INTERPRETED, reason="float64 takes no Triton kernel")
 def test_gradcheck():
     x, w, offsets, _ = problem(torch.float64, rows=(2, 0, 3), width=3, outputs=2)
     assert torch.autograd.gradcheck(lambda x, w: grouped_mm(x, w, offsets), (x, w))

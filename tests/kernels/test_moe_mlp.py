@@ -139,6 +139,14 @@ def test_padding_is_neither_read_nor_written():
     assert torch.isfinite(x.grad).all()
 
 
+def test_without_gradients_the_values_are_the_same():
+    inputs = problem(33, 16, 24, 5, "swiglu", torch.float32)
+    with torch.no_grad():
+        plain = run(inputs, "swiglu", "cpu")
+    assert not plain.requires_grad
+    assert torch.equal(plain, run(inputs, "swiglu", "cpu"))
+
+
 def test_gradients_that_nobody_needs_are_not_computed():
     for wanted in ([0], [1], [2], [5], [0, 5], [1, 2]):
         inputs, every = problem(9, 5, 4, 6, "swiglu"), problem(9, 5, 4, 6, "swiglu")

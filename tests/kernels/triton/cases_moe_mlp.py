@@ -1,4 +1,4 @@
-"""`moe_mlp_triton` against a float64 loop over tokens and experts, on the rounded inputs; run by test_interpreter.py."""
+"""`moe_mlp_triton` against a float64 loop over tokens and experts on the rounded inputs; run by test_interpreter.py."""
 
 import contextlib
 
@@ -261,12 +261,12 @@ def without_poison():
 
 
 def test_operator_contracts():
-    from scatterfold.kernels.triton_backend.ops import _forward
-
     problem = Problem(tokens=2, experts=2, bias=True)
     x, w_in, w_out, b_in, b_out, weight = (t.detach().contiguous().requires_grad_() for t in problem.leaves())
     routing = problem.routing(weight.detach())
     tables = (routing.token, routing.expert_offsets, routing.assignment, routing.token_offsets)
     weight = routing.weight.clone().requires_grad_()
     with without_poison():
-        torch.library.opcheck(_forward, (x, w_in, w_out, b_in, b_out, weight, *tables, "swiglu", True))
+        torch.library.opcheck(
+            torch.ops.scatterfold.moe_mlp_triton.default, (x, w_in, w_out, b_in, b_out, weight, *tables, "swiglu", True)
+        )

@@ -12,7 +12,11 @@ import pytest
 
 pytest.importorskip("triton")
 
-CASES = sorted(Path(__file__).parent.glob("cases_*.py"))
+HERE = Path(__file__).parent
+CASES = [
+    *sorted(HERE.glob("cases_*.py")),
+    *(HERE.parent / f"test_{name}.py" for name in ("grouped_mm", "scatter2scatter")),
+]
 
 
 @pytest.mark.parametrize("cases", CASES, ids=[path.stem for path in CASES])

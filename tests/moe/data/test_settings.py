@@ -1,6 +1,10 @@
 """Data settings: what is wrong is named."""
 
+import dataclasses
+from pathlib import Path
+
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -57,3 +61,14 @@ def test_shares_sum_to_one(numbers):
     shares = split_shares(",".join(map(str, numbers)))
     assert sum(shares) == pytest.approx(1.0)
     assert shares[0] / shares[1] == pytest.approx(numbers[0] / numbers[1])
+
+
+def test_the_config_files_have_every_field_and_no_other():
+    folder = Path(__file__).parents[3] / "configs" / "data"
+    fields = {field.name for field in dataclasses.fields(DataSettings)}
+    values = yaml.safe_load((folder / "stdlib.yaml").read_text())
+    assert set(values) == fields
+    assert DataSettings(**values).path == "stdlib"
+    for path in folder.glob("*.yaml"):
+        assert path.read_text().startswith("# ")
+        assert set(yaml.safe_load(path.read_text())) <= fields | {"defaults"}

@@ -1,0 +1,98 @@
+"""Commands as a user types them, in this process where that is enough."""
+
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from scatterfold.tools.cli import main
+
+TINY = [
+    "model=tiny",
+    "model.layers=1",
+    "model.width=16",
+    "model.heads=2",
+    "model.kv_heads=1",
+    "model.head_width=null",
+    "model.ffn_width=16",
+    "model.expert_width=16",
+    "model.num_experts=4",
+    "data.sequence_length=32",
+    "data.global_batch_size=4",
+    "trainer.steps=4",
+    "trainer.eval_every=0",
+    "trainer.checkpoint_every=2",
+    "trainer.report=false",
+    "trainer.device=cpu",
+    "schedule.warmup_steps=1",
+]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a command left: its exit code and what it printed."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def line(self) -> str:
+        """The one line of an error."""
+        lines = self.err.splitlines()
+        assert len(lines) == 1, f"not one line but {len(lines)}:\n{self.err}"
+        return lines[0]
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory) -> Path:
+    """A folder of text; what training prepares from it is cached beside it."""
+    folder = tmp_path_factory.mktemp("corpus")
+    for number in range(20):
+        words = " ".join(f"word{(number * 7 + i * i) % 13}" for i in range(120))
+        (folder / f"{number:02d}.txt").write_text(words)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny(corpus) -> list[str]:
+    """Overrides of a run that takes a second."""
+    return [*TINY, f"data.path={corpus}", f"data.cache_dir={corpus.parent / 'cache'}"]
+
+
+@pytest.fixture
+def scatterfold(capfd, tmp_path, monkeypatch):
+    """`scatterfold("train", …) -> Outcome`, run in this process in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*words: object) -> Outcome:
+        capfd.readouterr()
+        code = main([str(word) for word in words])
+        return Outcome(code, *capfd.readouterr())
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def spawn():
+    """`spawn(folder, "train", …) -> Outcome`, run as a process of its own."""
+
+    def run(folder: Path, *words: object, timeout: float = 120.0, **variables: str) -> Outcome:
+        import os
+
+        command = [sys.executable, "-m", "scatterfold.tools.cli", *map(str, words)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", **variables}
+        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=timeout)
+        return Outcome(done.returncode, done.stdout, done.stderr)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory, tiny) -> Path:
+    """A run folder with checkpoints; do not change it."""
+    folder = tmp_path_factory.mktemp("runs") / "finished"
+    assert main(["train", *tiny, f"run_dir={folder}", "logger.display=none"]) == 0
+    return folder
