@@ -118,7 +118,8 @@ class Session:
 
     def resolve(self, composed: DictConfig) -> dict[str, Any]:
         """The configuration of the run as plain values, interpolations resolved. Raises: ConfigError."""
-        HydraConfig.instance().set_config(composed)
+        if "hydra" in composed:  # for ${hydra:…}; a launcher of Hydra's has set it for its jobs
+            HydraConfig.instance().set_config(composed)
         job = OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "hydra"])
         missing = self._or_config_error(lambda: sorted(OmegaConf.missing_keys(job)))
         if missing:

@@ -61,7 +61,8 @@ def _not_an_override(error: OverrideParseException) -> ConfigError:
 def _sweep_without_multirun(override: str) -> ConfigError:
     key, _, value = override.partition("=")
     return ConfigError(
-        f"{override} is several values, allowed: -m for a sweep over them, or {key}=[{value}] for a list"
+        f"{override} is several values, allowed: -m for a sweep over them, {key}=[{value}] for a list, or "
+        f"'{key}=\"{value}\"' for text"
     )
 
 

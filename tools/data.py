@@ -72,8 +72,9 @@ def _choose(words: list[str]) -> int:
 
 def _prepare(settings: Prepare) -> int:
     from ..moe.data.prepare import PrepareSettings, prepare
-    from .files import write_atomically
+    from .files import check_target, write_atomically
 
+    check_target(settings.json)
     with _progress_bar("preparing") as progress:
         receipt = prepare(
             PrepareSettings(

@@ -46,8 +46,9 @@ def _run(settings: Sample) -> int:
 
     from ..moe.generate import generate
     from ..moe.training.load import load_model
-    from .files import write_atomically
+    from .files import check_target, write_atomically
 
+    check_target(settings.json)
     device = ("cuda" if torch.cuda.is_available() else "cpu") if settings.device == "auto" else settings.device
     loaded = load_model(settings.source, device)
     tokenizer = loaded.tokenizer

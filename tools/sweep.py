@@ -53,10 +53,11 @@ def _choose(words: list[str]) -> int:
 
 
 def _report(settings: Report) -> int:
-    from .files import write_atomically
+    from .files import check_target, write_atomically
     from .sweep_figure import save_figure
     from .sweep_results import read_sweep, record, varied_keys
 
+    check_target(settings.json)
     results = read_sweep(settings.source)
     keys = varied_keys(results)
     _print_table(results, keys)

@@ -19,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from queue import Queue
 from typing import TYPE_CHECKING, Any
 
 from ..kernels.errors import ConfigError
@@ -83,6 +84,7 @@ class Sweep:
         self.trials: list[Trial] = []
         self._constant: set[str] = set()
         self._processes: set[subprocess.Popen] = set()
+        self._owns_trials = False
         self._stopped_by: int | None = None
 
     def run(self) -> int:
@@ -114,9 +116,9 @@ class Sweep:
         folder = Path(hydra.runtime.output_dir)
         request = replace(self.session.request, overrides=tuple(hydra.overrides.task), multirun=False)
         result_file = folder / "result.json"
-        os.environ[RESULT] = str(result_file)
+        os.environ[RESULT] = str(result_file.absolute())
         resolved = {**checked(self.session.resolve(config), request), "run_dir": str(folder)}
-        run(resolved, replace(request, overrides=(*request.overrides,)))
+        run(resolved, request)
         return read_result(result_file)[1]
 
     def launch(
@@ -125,6 +127,7 @@ class Sweep:
         """Run a batch of trials, `parallel` at a time; called by the Hydra launcher."""
         if parallel < 1:
             raise ConfigError(f"hydra.launcher.parallel={parallel} is too small, allowed: 1 or more")
+        self._owns_trials = True
         sweep_folder = Path(str(config.hydra.sweep.dir))
         if not self.trials:
             print(f"sweep {sweep_folder}", flush=True)
@@ -134,18 +137,17 @@ class Sweep:
             placed.append(
                 (Trial(number, overrides), _folder_of(number, overrides, sweep_folder, config, loader, taken))
             )
-        slots = _gpu_shares(parallel)
+        slots: Queue[dict[str, str]] = Queue()
+        for share in _gpu_shares(parallel):
+            slots.put(share)
         with ThreadPoolExecutor(parallel) as pool:
-            futures = [
-                pool.submit(self._run_trial, trial, folder, slots[index % parallel])
-                for index, (trial, folder) in enumerate(placed)
-            ]
+            futures = [pool.submit(self._run_trial, trial, folder, slots) for trial, folder in placed]
             done = [future.result() for future in futures]
         self.trials += done
         tolerant = "basic_sweeper" in str(config.hydra.sweeper._target_)
         return [_job_return(trial, config, tolerant) for trial in done]
 
-    def _run_trial(self, trial: Trial, folder: Path, environment: dict[str, str]) -> Trial:
+    def _run_trial(self, trial: Trial, folder: Path, slots: Queue[dict[str, str]]) -> Trial:
         before = Trial.load(folder)
         if before is not None and before.status == FINISHED:
             self._say(trial, f"finished before, {_figure(before)}")
@@ -157,7 +159,11 @@ class Sweep:
         result_file = folder / "result.json"
         result_file.unlink(missing_ok=True)
         start = time.monotonic()
-        code = self._wait(trial, folder, {**environment, RESULT: str(result_file)})
+        share = slots.get()
+        try:
+            code = self._wait(trial, folder, {**share, RESULT: str(result_file.absolute())})
+        finally:
+            slots.put(share)
         completed, objective = read_result(result_file)
         result_file.unlink(missing_ok=True)
         status = FINISHED if code == 0 and completed else UNFINISHED if code == 0 else FAILED
@@ -203,6 +209,8 @@ class Sweep:
         """Pass a request to stop on to the running trials, and start no others."""
 
         def stop(number: int, frame: object) -> None:
+            if not self._owns_trials:
+                raise KeyboardInterrupt  # one of Hydra's launchers, whose trials may run in this process
             again = self._stopped_by is not None
             self._stopped_by = number
             for process in list(self._processes):

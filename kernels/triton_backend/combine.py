@@ -35,7 +35,7 @@ def combine_kernel(
     tl.store(out + token * D + column, acc.to(out.dtype.element_ty), mask=column_in)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["bound"])
 def bias_dot_kernel(
     grad,
     token,
@@ -65,7 +65,7 @@ def bias_dot_kernel(
         tl.store(partial + row, acc, mask=row_in)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def sum_partials_kernel(
     partial,
     out,
@@ -86,7 +86,7 @@ def sum_partials_kernel(
     tl.store(out + row, acc.to(out.dtype.element_ty), mask=row < num_rows)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def zero_padding_kernel(y, offsets, num_experts, num_rows, D, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
     """y[n] = 0 for the rows past the last expert's: programs over real rows leave at once."""
     first = tl.program_id(0) * ROWS

@@ -3,8 +3,6 @@
 import triton
 import triton.language as tl
 
-# The tile table is one int32 tensor: [number of tiles, expert of each tile..., first row of each tile...].
-
 
 @triton.jit
 def act(NAME: tl.constexpr, x):

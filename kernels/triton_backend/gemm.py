@@ -162,7 +162,7 @@ def _up_tile(
         _up_store(gate_3, up_3, expert, row, row_in, n0 + 3 * COLUMNS, bias, z, a, F, ACT, HALVES, COLUMNS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["bound"])
 def up_kernel(
     x,
     token,
@@ -253,7 +253,7 @@ def _rows_tile(
     tl.store(at, acc.to(y.dtype.element_ty), mask=row_in[:, None] & column_in[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["bound"])
 def rows_kernel(
     x,
     x_index,
@@ -385,7 +385,7 @@ def _dact_tile(
     tl.store(partial + column_tile.to(tl.int64) * num_rows + row, inner, mask=row_in)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["bound", "num_rows"])
 def dact_kernel(
     grad,
     token,

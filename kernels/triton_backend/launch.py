@@ -29,6 +29,7 @@ class Launch:
 
 
 _recorded: list[Launch] | None = None
+_LEAST_CHUNK = 8  # of a cut weight gradient, in steps of its main loop: below, writing the product costs more
 
 
 @contextlib.contextmanager
@@ -88,7 +89,7 @@ class Groups:
 
     def _build(self, block_m: int) -> Tensor:
         bound = self.bound(block_m)
-        table = torch.empty(1 + 2 * bound, dtype=torch.int32, device=self.expert_offsets.device)
+        table = torch.empty(1 + 3 * bound, dtype=torch.int32, device=self.expert_offsets.device)
         experts = triton.next_power_of_2(self.num_experts)
         per_program = max(1, min(64, 16384 // experts, triton.next_power_of_2(bound)))
         launch(
@@ -98,7 +99,7 @@ class Groups:
             table=table,
             bound=bound,
             num_experts=self.num_experts,
-            BLOCK_M=block_m,
+            rows_per_tile=block_m,
             EXPERTS=experts,
             TILES=per_program,
         )
@@ -298,6 +299,21 @@ def dact(
     return partials[0]
 
 
+def _rows_per_chunk(num_rows: int, tiles: int, block_k: int, device: torch.device) -> int | None:
+    """Into how many rows to cut the experts' rows for a weight gradient, None for no cut.
+
+    A matrix of twice as many tiles as there are multiprocessors fills them alone. A smaller one must not keep a few
+    of them busy for longer than a quarter of what all of them need together. So at most 8 * multiprocessors tiles of
+    partial products exist at a time, whatever the shapes.
+    """
+    processors = _multiprocessors(device)
+    if tiles >= 2 * processors:
+        return None
+    rows = max(num_rows * tiles // (4 * processors), _LEAST_CHUNK * block_k)
+    rows = triton.cdiv(rows, 64) * 64
+    return rows if rows < num_rows else None
+
+
 def weight_gradient(
     a: Tensor, a_index: Tensor | None, b: Tensor, b_index: Tensor | None, out: Tensor, groups: Groups
 ) -> None:
@@ -305,7 +321,11 @@ def weight_gradient(
     num_experts, p, q = out.shape
 
     def run(config: Config) -> None:
-        programs = num_experts * triton.cdiv(p, config.block_m) * triton.cdiv(q, config.block_n)
+        tiles = triton.cdiv(p, config.block_m) * triton.cdiv(q, config.block_n)
+        chunk = _rows_per_chunk(groups.num_rows, tiles, config.block_k, a.device)
+        slots = 2 * groups.num_rows // chunk if chunk else 0
+        partial = torch.empty(slots, p, q, dtype=torch.float32, device=a.device) if chunk else None
+        programs = (groups.bound(chunk) if chunk else num_experts) * tiles
         if config.persistent:
             programs = min(programs, _multiprocessors(a.device))
         launch(
@@ -318,7 +338,11 @@ def weight_gradient(
             b=b,
             b_index=b_index,
             out=out,
+            partial=partial,
             expert_offsets=groups.expert_offsets,
+            table=groups.table(chunk) if chunk else None,
+            bound=groups.bound(chunk) if chunk else 0,
+            rows_per_chunk=chunk or 0,
             num_experts=num_experts,
             P=p,
             Q=q,
@@ -332,6 +356,19 @@ def weight_gradient(
             GROUP_M=config.group_m,
             PRECISION=precision(a),
         )
+        if chunk:
+            launch(
+                weight_grad.sum_chunks_kernel,
+                (num_experts, triton.cdiv(p * q, 2048)),
+                partial=partial,
+                out=out,
+                expert_offsets=groups.expert_offsets,
+                num_experts=num_experts,
+                rows_per_chunk=chunk,
+                SIZE=p * q,
+                EXPERTS=triton.next_power_of_2(num_experts),
+                BLOCK=2048,
+            )
 
     configs.run(Problem("weight_grad", a.dtype, groups.num_rows, num_experts, p, q), a.device, run)
 

@@ -58,8 +58,9 @@ def _type(value: Any) -> str:
 
 def _is_constant(kernel: Any, name: str, value: Any) -> bool:
     """Whether a launch compiles this argument in: constexprs, None, and the integer 1."""
-    is_constexpr = {parameter.name: parameter.is_constexpr for parameter in kernel.params}[name]
-    return is_constexpr or value is None or (type(value) is int and value == 1)
+    parameter = next(parameter for parameter in kernel.params if parameter.name == name)
+    one = type(value) is int and value == 1 and not parameter.do_not_specialize
+    return parameter.is_constexpr or value is None or one
 
 
 def compile_launch(recorded: Launch, capability: int = HOPPER):
@@ -72,7 +73,11 @@ def compile_launch(recorded: Launch, capability: int = HOPPER):
         (i,): [["tt.divisibility", 16]]
         for i, name in enumerate(names)
         if isinstance(recorded.args[name], torch.Tensor)
-        or (name not in constants and type(recorded.args[name]) is int and recorded.args[name] % 16 == 0)
+        or (
+            type(recorded.args[name]) is int
+            and recorded.args[name] % 16 == 0
+            and not (name in constants or kernel.params[i].do_not_specialize)
+        )
     }
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
     with warnings.catch_warnings():

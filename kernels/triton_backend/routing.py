@@ -26,7 +26,7 @@ def _slots(block, experts, keep, num_tokens, num_experts, K, SLOTS_K: tl.constex
     return token, k, expert, valid
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def count_kernel(
     experts, keep, counts, num_tokens, num_experts, K, SLOTS_K: tl.constexpr, BINS: tl.constexpr, BLOCK: tl.constexpr
 ):
@@ -36,7 +36,7 @@ def count_kernel(
     tl.store(counts + tl.program_id(0) * BINS + tl.arange(0, BINS), counted)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_blocks", "num_tokens"])
 def place_kernel(
     experts,
     keep,

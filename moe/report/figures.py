@@ -15,10 +15,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from .history import ExpertLoads, RunHistory
+from .history import BASELINE_NAMES, ExpertLoads, RunHistory
 
 BLUE, ORANGE, GREEN, RED, PURPLE, SKY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9"
-BASELINE_NAMES = {"unigram": "byte unigram", "trigram": "byte trigram", "gzip": "gzip -9"}
 MAX_LAYERS = 24
 
 
@@ -119,7 +118,7 @@ def draw_routing(history: RunHistory) -> Figure | None:
         steps, values = history.column(column)
         axes.plot(steps, values, color=color, linewidth=1.4)
         if values.max() - values.min() < 1e-6:  # a constant: no axis that magnifies rounding
-            axes.set_ylim(max(values.min() - 0.5, 0.0), values.max() + 0.5)
+            axes.set_ylim(max(values.min() - 0.5, -0.05), values.max() + 0.5)
         _finish(axes, title, unit)
     for axes in list(grid.flat)[len(panels) :]:
         axes.set_visible(False)

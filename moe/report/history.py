@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+BASELINE_NAMES = {"unigram": "byte unigram", "trigram": "byte trigram", "gzip": "gzip -9"}
+
 
 @dataclass(frozen=True)
 class ExpertLoads:

@@ -7,8 +7,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from .figures import BASELINE_NAMES
-from .history import RunHistory
+from .history import BASELINE_NAMES, RunHistory
 
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 980px; margin: 2rem auto; padding: 0 1rem; color: #222; }
@@ -71,7 +70,8 @@ def _table(rows: list[tuple[str, str]]) -> str:
 
 
 def _baselines(summary: dict[str, Any]) -> str:
-    rows = [(BASELINE_NAMES.get(name, name), bits, "") for name, bits in summary["baselines"].items()]
+    baselines: dict[str, float] = summary["baselines"]
+    rows = [(BASELINE_NAMES.get(name, name), bits, "") for name, bits in baselines.items()]
     rows.append(("this model", summary["bits_per_byte"], ' class="model"'))
     cells = "".join(
         f'<tr{mark}><td>{escape(name)}</td><td class="number">{bits:.4f}</td></tr>'

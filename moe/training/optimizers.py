@@ -60,10 +60,11 @@ class AdamW:
         embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
         decayed: list[nn.Parameter] = []
         plain: list[nn.Parameter] = []
-        for parameter in model.parameters():
+        for name, parameter in model.named_parameters():
             if not parameter.requires_grad:
                 continue
-            spared = parameter.ndim < 2 or (id(parameter) in embeddings and not self.decay_embeddings)
+            is_bias = parameter.ndim < 2 or name.rpartition(".")[2].endswith("bias")  # stacked experts: (E, F) biases
+            spared = is_bias or (id(parameter) in embeddings and not self.decay_embeddings)
             (plain if spared else decayed).append(parameter)
         return decayed, plain
 

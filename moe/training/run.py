@@ -130,7 +130,8 @@ def train(config: Mapping[str, Any], run_dir: Path) -> RunResult:
         with contextlib.closing(data.train), writing_metrics(plan, folder, start, process) as sinks:
             loop = make_loop(plan, folder, start, data, engine, process, sinks, display, meta)
             display.header(header(plan, folder, start, data, process))
-            completed = loop.run()
+            with contextlib.closing(loop.checkpointer):  # a save in the background ends before the group does
+                completed = loop.run()
         evaluation = loop.last_evaluation.record() if loop.last_evaluation else None
         if not completed:
             display.message(f"stopped after step {loop.progress.step} and saved; the same command goes on from there")

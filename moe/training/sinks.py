@@ -116,6 +116,7 @@ class WeightsAndBiases:
 
     def __init__(self, settings: LoggerSettings, folder: RunFolder, config: Mapping[str, Any]) -> None:
         import wandb
+        from wandb.errors import Error
 
         id_file = folder.path / "wandb_id"
         run_id = id_file.read_text().strip() if id_file.exists() else uuid.uuid4().hex[:8]
@@ -132,7 +133,7 @@ class WeightsAndBiases:
                 config=dict(config),
                 settings=wandb.Settings(silent=True, console="off"),
             )
-        except wandb.errors.Error as error:
+        except Error as error:
             first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise ConfigError(
                 f"logger.wandb={settings.wandb} could not start ({first_line}), allowed: disabled, offline, or online "

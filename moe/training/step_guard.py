@@ -70,8 +70,9 @@ class FirstNonFiniteOutput:
 
     def _hook(self, name: str):
         def look(module: nn.Module, inputs: object, output: object) -> None:
-            looks = self.name is None and isinstance(output, Tensor) and output.is_floating_point()
-            if looks and not bool(torch.isfinite(output).all()):
+            if self.name is not None or not isinstance(output, Tensor) or not output.is_floating_point():
+                return
+            if not bool(torch.isfinite(output).all()):
                 self.name = name
 
         return look

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...parallel.process import Process
 from ..data import Data, measure_baselines
+from ..report import BASELINE_NAMES, write_report
 from .display import Display, duration, quantity
 from .environment import device_name
 from .progress import Progress
@@ -16,8 +17,6 @@ from .throughput import Meter, device_peak
 
 if TYPE_CHECKING:
     from .run import RunPlan
-
-BASELINE_NAMES = {"unigram": "byte unigram", "trigram": "byte trigram", "gzip": "gzip -9"}
 
 
 def describe_run(plan: RunPlan, data: Data, process: Process) -> list[tuple[str, str]]:
@@ -113,8 +112,6 @@ def compare(bits_per_byte: float, baselines: dict[str, float] | None) -> list[st
 
 
 def make_report(folder: RunFolder) -> str:
-    from ..report import write_report
-
     try:
         return f"report: {write_report(folder.path)}"
     except Exception as error:  # a finished run must not fail for its pictures

@@ -73,14 +73,18 @@ class Meter:
         self.devices = devices
         self.peak = peak
         self.last_seconds = 0.0  # of the latest step
+        self._steps = 0
         self._clock = clock
         self._recent: deque[tuple[int, float]] = deque(maxlen=window)
         self._start = clock()
 
     def step(self, tokens: int) -> dict[str, float]:
-        """Count a step that ends now; returns the figures of the latest steps for metrics.jsonl."""
+        """Count a step that ends now; returns the figures of the latest steps, without the very first one."""
         now = self._clock()
         self.last_seconds, self._start = now - self._start, now
+        if self._steps == 1:  # the first step also starts threads, allocates and compiles: it says nothing of others
+            self._recent.clear()
+        self._steps += 1
         self._recent.append((tokens, self.last_seconds))
         recent_tokens = sum(tokens for tokens, _ in self._recent)
         recent_seconds = sum(seconds for _, seconds in self._recent)

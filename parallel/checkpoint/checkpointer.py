@@ -154,10 +154,16 @@ class Checkpointer:
             os.fsync(stream.fileno())
         _sync_folder(hidden)
         final = self.folder / f"step-{step}"
-        if final.exists():  # the step was run again, from an older checkpoint
-            self._remove(final)
-        os.rename(hidden, final)
+        earlier = _hide(final) if final.exists() else None  # the step was run again, from an older checkpoint
+        try:
+            os.rename(hidden, final)
+        except OSError:
+            if earlier is not None:
+                os.rename(earlier, final)
+            raise
         _sync_folder(self.folder)
+        if earlier is not None:
+            shutil.rmtree(earlier, ignore_errors=True)
 
     def _make_room(self, hidden: Path) -> None:
         """Make the hidden folder, and remove those of runs that are dead."""
@@ -177,15 +183,9 @@ class Checkpointer:
         for path, _ in whole:
             if path not in keep:
                 try:
-                    self._remove(path)
+                    shutil.rmtree(_hide(path), ignore_errors=True)
                 except OSError as error:  # the save itself went well
                     logger.warning("%s could not be removed: %s", path, error.strerror)
-
-    def _remove(self, path: Path) -> None:
-        """Hide, then delete: a kill in between leaves nothing that looks like a checkpoint."""
-        hidden = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.removed")
-        os.rename(path, hidden)
-        shutil.rmtree(hidden, ignore_errors=True)
 
     def _agreed(self, action: Callable[[], Any], step: int) -> Any:
         def attempt() -> Any:
@@ -217,13 +217,20 @@ class _Writer(FileSystemWriter):
             raise error if cause is None else OSError(cause.errno, cause.strerror or str(cause)) from error
 
 
+def _hide(path: Path) -> Path:
+    """Rename before deleting: a kill in between leaves nothing that looks like a checkpoint."""
+    hidden = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.removed")
+    os.rename(path, hidden)
+    return hidden
+
+
 def _in_use(name: str) -> bool:
     """Whether the process that made a hidden folder lives; on another machine it counts as dead, as a run moves on."""
-    parts = name.removesuffix(".removed").rsplit(".", 1)
-    if f".{socket.gethostname()}" not in parts[0] or not parts[-1].isdigit() or int(parts[-1]) == os.getpid():
+    made_by, _, number = name.removesuffix(".removed").rpartition(".")
+    if not made_by.endswith(f".{socket.gethostname()}") or not number.isdigit() or int(number) == os.getpid():
         return False
     try:
-        os.kill(int(parts[-1]), 0)
+        os.kill(int(number), 0)
     except ProcessLookupError:
         return False
     except PermissionError:

@@ -61,12 +61,17 @@ def prepare(process, layout, seed=0, **options):
     )
 
 
-def learn(engine, process, steps, start=0):
-    """A few optimizer steps of two micro-batches per rank; the losses, gradient norms and first gradients."""
+def learn(engine, process, steps, start=0, size=None):
+    """A few optimizer steps; the losses, gradient norms and first gradients.
+
+    Two micro-batches per rank, or as many as there are with `size` sequences: each gradient of a micro-batch is rounded
+    to bfloat16 there, so only equal micro-batches have equal gradients.
+    """
     found = {"loss": [], "norm": []}
     for step in range(start, start + steps):
         tokens = torch.randint(0, VOCAB, (SEQUENCES, LENGTH), generator=torch.Generator().manual_seed(step))
-        micro_batches = tokens[process.rank :: process.world].chunk(2)
+        own = tokens[process.rank :: process.world]
+        micro_batches = own.chunk(2) if size is None else own.split(size)
         total = torch.zeros(())
         for index, batch in enumerate(micro_batches):
             context = StepContext(num_sequences=len(batch), global_tokens=tokens.numel())
@@ -122,6 +127,7 @@ def write_in_ranks(folder):
             same(whole_state(resumed), whole_state(engine))
             recomputing = prepare(process, LAYOUTS[name], checkpointing="selective")
             found["recomputed"] = learn(recomputing, process, 1)
+            found["bf16"] = learn(prepare(process, LAYOUTS[name], precision="bf16"), process, 1, size=1)
             if process.is_main:
                 torch.save({"state": saved, "found": found}, folder / f"{name}.pt")
         if process.world == 2:
@@ -203,6 +209,14 @@ def test_layout_learns_what_one_process_learns(folder, alone, name):
     for key in ("loss", "norm", "gradients"):
         torch.testing.assert_close(here[key], there[key], rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(here["recomputed"]["gradients"], there["gradients"], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp", "hsdp"])
+def test_bf16_is_the_same_in_every_layout(folder, name):
+    here = torch.load(folder / f"{name}.pt")["found"]["bf16"]
+    there = learn(prepare(Process(), Layout(), precision="bf16"), Process(), 1, size=1)
+    torch.testing.assert_close(here["loss"], there["loss"], rtol=1e-6, atol=0)
+    torch.testing.assert_close(here["gradients"], there["gradients"], rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["ddp", "fsdp", "hsdp"])

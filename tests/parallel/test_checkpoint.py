@@ -180,6 +180,19 @@ class TestExact:
         other.load(saved / "step-2")
         same(other.state_dict(), engine.state_dict())
 
+    def test_what_cannot_be_replaced_stays(self, saved, monkeypatch):
+        rename = os.rename
+
+        def fail_to_publish(source, target):
+            if Path(target).name == "step-2" and not Path(source).name.endswith(".removed"):
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            rename(source, target)
+
+        monkeypatch.setattr(os, "rename", fail_to_publish)
+        with pytest.raises(CheckpointError, match="step-2 could not be written: Input/output error"):
+            keeper(saved).save(2, engine_of().state_dict(), {"note": "again"})
+        assert read_meta(newest_checkpoint(saved))["note"] == "second"
+
 
 class TestAsynchronous:
     def test_what_is_saved_is_the_state_at_the_call(self, tmp_path, monkeypatch):
@@ -219,6 +232,16 @@ def refuse(code):
         raise OSError(code, os.strerror(code))
 
     return action
+
+    def test_close_waits_and_logs(self, tmp_path, monkeypatch, caplog):
+        keep = keeper(tmp_path, asynchronous=True)
+        keep.save(1, {"model.w": torch.ones(1)}, {})
+        keep.close()
+        assert step_names(tmp_path) == ["step-1"]
+        monkeypatch.setattr(Checkpointer, "_publish", refuse(errno.ENOSPC))
+        keep.save(2, {"model.w": torch.ones(1)}, {})
+        keep.close()
+        assert "step-2 could not be written: No space left on device" in caplog.text
 
 
 class TestKeeping:

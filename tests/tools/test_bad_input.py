@@ -75,7 +75,7 @@ def test_a_sequence_longer_than_the_data(scatterfold, tmp_path, tiny):
     for name in "abc":
         (tmp_path / "short" / f"{name}.txt").write_text(f"one short document, the {name}")
     outcome = scatterfold(
-        "train", *tiny, "data.path=short", "data.split=60,40", "data.sequence_length=64", "run_dir=run"
+        "train", *tiny, "data.path=short", 'data.split="60,40"', "data.sequence_length=64", "run_dir=run"
     )
     assert outcome.code == 2
     assert "data.sequence_length=64" in outcome.line

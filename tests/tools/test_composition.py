@@ -83,7 +83,10 @@ def test_a_key_that_only_the_constructor_knows_is_accepted(tmp_path):
         (["model.foo.bar=2"], "model.foo.bar=2 is an unknown key"),
         (["+foo=1"], "foo is an unknown key"),
         (["trainer.steps"], "'trainer.steps' is not an override, allowed: key=value"),
-        (["trainer.steps=1,2"], "trainer.steps=1,2 is several values, allowed: -m for a sweep over them, or "),
+        (
+            ["trainer.steps=1,2"],
+            "trainer.steps=1,2 is several values, allowed: -m for a sweep over them, trainer.steps=[1,2] ",
+        ),
         (["data.path=a(b"], "data.path=a(b cannot be read"),
         (["data.path=???"], "data.path has no value, allowed: data.path=VALUE"),
         (["trainer=null"], "trainer=null is no choice"),

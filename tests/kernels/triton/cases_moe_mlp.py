@@ -8,7 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 from scatterfold.kernels import ACTIVATIONS, Routing, is_gated
 from scatterfold.kernels.activations import activate
-from scatterfold.kernels.triton_backend import configs, moe_mlp_triton
+from scatterfold.kernels.triton_backend import configs, launch, moe_mlp_triton, weight_grad
 from scatterfold.kernels.triton_backend.configs import Config
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -120,6 +120,21 @@ def one_expert(chosen):
 @pytest.mark.parametrize("choose", [one_expert, torch.ones_like], ids=["one expert takes all", "all experts"])
 def test_skewed_and_full_routing(choose):
     check(Problem(choose=choose, tokens=18))
+
+
+@pytest.mark.parametrize("choose", [None, one_expert], ids=["some", "one expert takes all"])
+def test_weight_gradients_summed_from_chunks_of_rows(choose, monkeypatch):
+    launched = []
+    monkeypatch.setattr(launch, "_LEAST_CHUNK", 1)
+    run = launch.launch
+
+    def watched(kernel, *args, **options):
+        launched.append(kernel)
+        run(kernel, *args, **options)
+
+    monkeypatch.setattr(launch, "launch", watched)
+    check(Problem(tokens=150, width=16, expert_width=8, choose=choose, experts=4))
+    assert weight_grad.sum_chunks_kernel in launched
 
 
 def test_one_expert_and_one_token():

@@ -12,6 +12,7 @@ class Small(nn.Module):
         self.embedding = nn.Embedding(5, 4)
         self.norm = nn.LayerNorm(4)
         self.linear = nn.Linear(4, 4)
+        self.expert_bias = nn.Parameter(torch.zeros(3, 4))
         self.frozen = nn.Linear(2, 2).requires_grad_(False)
 
 
@@ -27,7 +28,8 @@ def test_matrices_decay_and_norms_and_biases_do_not(decay_embeddings):
     by_decay = {group["weight_decay"]: names(model, group["params"]) for group in optimizer.param_groups}
     embeddings = {"embedding.weight"}
     assert by_decay[0.1] == {"linear.weight"} | (embeddings if decay_embeddings else set())
-    assert by_decay[0.0] == {"norm.weight", "norm.bias", "linear.bias"} | (set() if decay_embeddings else embeddings)
+    spared = {"norm.weight", "norm.bias", "linear.bias", "expert_bias"}
+    assert by_decay[0.0] == spared | (set() if decay_embeddings else embeddings)
 
 
 def test_two_steps_equal_the_update_written_out():
@@ -59,3 +61,8 @@ def test_two_steps_equal_the_update_written_out():
 def test_impossible_values_are_named(change, message):
     with pytest.raises(ConfigError, match=message):
         AdamW(**{"lr": 1e-3, **change})
+
+
+def test_the_fused_update_is_used_where_it_exists_and_can_be_refused():
+    assert AdamW(lr=1e-3)(Small()).defaults["fused"] is True
+    assert AdamW(lr=1e-3, fused=False)(Small()).defaults["fused"] is False

@@ -3,6 +3,7 @@ import os
 
 import pytest
 import yaml
+
 from scatterfold.kernels import ConfigError
 from scatterfold.moe.training.run_folder import RunFolder, read_lines, write_whole
 

@@ -35,7 +35,9 @@ def test_a_cpu_has_no_known_peak():
 def test_speed_counts_steps_and_leaves_pauses_out():
     clock = Clock()
     meter = Meter(flops_per_token=2e9, devices=2, peak=1e12, clock=clock)
-    clock.now = 2.0
+    clock.now = 50.0
+    assert meter.step(1000)["tokens_per_second"] == 20.0  # the first step warms up and is forgotten with the second
+    clock.now = 52.0
     first = meter.step(1000)
     assert first["tokens_per_second"] == 500.0
     assert first["step_seconds"] == 2.0

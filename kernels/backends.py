@@ -1,0 +1,82 @@
+"""The table of `moe_mlp` backends, and which of them serves a device, a dtype and a shape."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from .cpu import moe_mlp_cpu
+from .errors import ConfigError
+from .reference import moe_mlp_reference
+from .torch_backend import fits_grouped_mm, moe_mlp_torch
+
+VARIABLE = "SCATTERFOLD_BACKEND"  # forces a backend wherever none is named in the config
+
+
+def _moe_mlp_triton(*args, **options) -> Tensor:
+    from .triton_backend import moe_mlp_triton  # imports triton
+
+    return moe_mlp_triton(*args, **options)
+
+
+BACKENDS: dict[str, Callable[..., Tensor]] = {
+    "triton": _moe_mlp_triton,
+    "torch": moe_mlp_torch,
+    "cpu": moe_mlp_cpu,
+    "reference": moe_mlp_reference,
+}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A backend and the reason for it, as `scatterfold doctor` prints it."""
+
+    backend: str
+    why: str
+
+
+def choose_backend(device: torch.device, dtype: torch.dtype, width: int, expert_width: int) -> Choice:
+    """The fastest backend that serves experts of this kind; SCATTERFOLD_BACKEND overrides.
+
+    Raises: ConfigError if the variable names no backend.
+    """
+    forced = os.environ.get(VARIABLE)
+    if forced:
+        if forced not in BACKENDS:
+            raise ConfigError(f"{VARIABLE}={forced!r} is unknown, allowed: {', '.join(BACKENDS)}")
+        return Choice(forced, f"forced by {VARIABLE}")
+    if device.type != "cuda":
+        return Choice("cpu", f"one GEMM per expert is the fastest on {device.type}")
+    refused = _triton_refuses(device, dtype)
+    if refused is None:
+        return Choice("triton", "fused kernels")
+    if fits_grouped_mm(dtype, width, expert_width):
+        return Choice("torch", f"F.grouped_mm, because {refused}")
+    return Choice("cpu", f"one GEMM per expert, because {refused} and F.grouped_mm does not take this dtype and width")
+
+
+def _triton_refuses(device: torch.device, dtype: torch.dtype) -> str | None:
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"the Triton kernels have no {str(dtype).removeprefix('torch.')}"
+    if not _has_triton():
+        return "triton is not installed"
+    capability = _capability(device)
+    if capability < (8, 0):
+        return f"the Triton kernels need compute capability 8.0, this device has {capability[0]}.{capability[1]}"
+    return None
+
+
+@cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+@cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)

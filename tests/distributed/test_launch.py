@@ -1,0 +1,239 @@
+"""Several ranks as a user starts them: torchrun, `scatterfold launch`, several machines, SLURM, sweeps of such runs."""
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from scatterfold.tools.cli import main
+from scatterfold.tools.trials import FAILED, FINISHED, Trial
+
+pytestmark = pytest.mark.distributed
+
+ENVIRONMENT = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+SCATTERFOLD = [sys.executable, "-m", "scatterfold.tools.cli"]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """Overrides of a run that takes a second."""
+    folder = tmp_path_factory.mktemp("corpus")
+    for number in range(20):
+        (folder / f"{number:02d}.txt").write_text(" ".join(f"word{(number * 7 + i * i) % 13}" for i in range(120)))
+    return [
+        *(
+            "model=tiny",
+            "model.layers=1",
+            "model.width=16",
+            "model.heads=2",
+            "model.kv_heads=1",
+            "model.head_width=null",
+        ),
+        *("model.ffn_width=16", "model.expert_width=16", "model.num_experts=4", f"data.path={folder}"),
+        *(f"data.cache_dir={folder.parent / 'cache'}", "data.sequence_length=32", "data.global_batch_size=4"),
+        *("trainer.steps=3", "trainer.eval_every=0", "trainer.checkpoint_every=0", "trainer.report=false"),
+        *("trainer.device=cpu", "schedule.warmup_steps=1"),
+    ]
+
+
+def run(folder, *words, timeout=150, **variables):
+    return subprocess.run(
+        [*map(str, words)],
+        cwd=folder,
+        env={**ENVIRONMENT, **variables},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+
+
+def losses(folder):
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in lines if "loss" in line]
+
+
+def test_launch_trains_like_one_process_and_keeps_logs_of_ranks(tmp_path, tiny):
+    launched = run(tmp_path, *SCATTERFOLD, "launch", "--nproc-per-node", 2, "train", *tiny, "run_dir=two")
+    assert launched.returncode == 0, launched.stderr
+    assert not launched.stderr
+    assert main(["train", *tiny, f"run_dir={tmp_path / 'one'}", "logger.display=none"]) == 0
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
+    assert json.loads((tmp_path / "two" / "environment.json").read_text())["processes"] == 2
+    assert {path.name for path in (tmp_path / "two" / "logs").iterdir()} == {
+        f"rank-{rank}.{stream}" for rank in (0, 1) for stream in ("out", "err")
+    }
+    assert launched.stdout == (tmp_path / "two" / "logs" / "rank-0.out").read_text()
+    assert "step" in launched.stdout and not (tmp_path / "two" / "logs" / "rank-1.out").read_text()
+    assert {path.name for path in tmp_path.iterdir()} == {"one", "two"}
+
+
+def test_bad_input_in_ranks_is_one_line_and_exit_code_2(tmp_path, tiny):
+    for words in (["router.top_k=9"], ["trainer.stesp=3"], ["layout.dp_shard=3"]):
+        launched = run(tmp_path, *SCATTERFOLD, "launch", "--nproc-per-node", 2, "train", *tiny, "run_dir=run", *words)
+        assert launched.returncode == 2
+        (line,) = launched.stderr.splitlines()
+        assert line.startswith("scatterfold: ") and words[0].split("=")[0] in line
+        assert not list(tmp_path.iterdir())
+
+
+def test_a_crash_names_the_rank_and_its_log(tmp_path, tiny, monkeypatch):
+    (tmp_path / "broken.py").write_text("def Broken(warmup_steps):\n    raise ZeroDivisionError('by design')\n")
+    words = ["schedule=constant", "schedule._target_=broken.Broken", "run_dir=run"]
+    launched = run(
+        tmp_path, *SCATTERFOLD, "launch", "--nproc-per-node", 2, "train", *tiny, *words, PYTHONPATH=str(tmp_path)
+    )
+    assert launched.returncode == 1
+    (line,) = launched.stderr.splitlines()
+    assert "ZeroDivisionError: by design" in line
+    log = tmp_path / line.split("its traceback is in ")[1].rstrip(")")
+    assert "Traceback" in log.read_text() and "by design" in log.read_text()
+
+
+def stop_after_first_step(process, run_dir, number):
+    """Send a signal once the run has written its first line; returns what it printed."""
+    metrics = Path(run_dir) / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(number)
+    return process.communicate(timeout=60)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+def test_a_signal_reaches_the_ranks_which_save(tmp_path, tiny, number, code):
+    words = ["launch", "--nproc-per-node", "2", "train", *tiny, "run_dir=run", "trainer.steps=100000"]
+    process = subprocess.Popen(
+        [*SCATTERFOLD, *words],
+        cwd=tmp_path,
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    out, err = stop_after_first_step(process, tmp_path / "run", number)
+    assert process.returncode == code, err
+    assert not err
+    (checkpoint,) = (tmp_path / "run" / "checkpoints").iterdir()
+    step = int(checkpoint.name.removeprefix("step-"))
+    assert len(losses(tmp_path / "run")) == step
+
+
+def test_torchrun_runs_the_module_in_one_folder(tmp_path, tiny):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2]
+    done = run(tmp_path, *torchrun, "-m", "scatterfold.tools.train", *tiny)
+    assert done.returncode == 0, done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["runs"]
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert len(losses(folder)) == 3
+    assert json.loads((folder / "environment.json").read_text())["processes"] == 2
+
+
+def test_a_failing_rank_is_started_again(tmp_path, tiny):
+    (tmp_path / "once.py").write_text(
+        "import os\n"
+        "from pathlib import Path\n"
+        "from scatterfold.moe.training import Constant\n"
+        "class Once(Constant):\n"
+        "    def __call__(self, step, total_steps):\n"
+        "        mark = Path(os.environ['MARK'])\n"
+        "        if step == 2 and os.environ['RANK'] == '1' and not mark.exists():\n"
+        "            mark.touch()\n"
+        "            os._exit(7)\n"
+        "        return super().__call__(step, total_steps)\n"
+    )
+    words = ["schedule=constant", "schedule._target_=once.Once", "run_dir=run", "trainer.checkpoint_every=1"]
+    launched = run(
+        tmp_path,
+        *(*SCATTERFOLD, "launch", "--nproc-per-node", 2, "--max-restarts", 1, "train", *tiny, *words),
+        PYTHONPATH=str(tmp_path),
+        MARK=str(tmp_path / "mark"),
+    )
+    assert launched.returncode == 0, launched.stderr
+    assert (tmp_path / "mark").exists()
+    assert len(losses(tmp_path / "run")) == 3
+    assert (tmp_path / "run" / "logs" / "rank-1.2.err").exists()
+
+
+FAKES = {
+    "scontrol": "echo localhost; echo another-host\n",
+    # Two machines, which are both this one.
+    "srun": 'shift\n"$@" & a=$!\n"$@" & b=$!\nwait $a; first=$?\nwait $b; exit $((first > $? ? first : $?))\n',
+    "sbatch": (
+        'script="${@: -1}"\necho "$@" > sbatch.args\necho 4711\n'
+        "export SLURM_JOB_ID=4711 SLURM_JOB_NODELIST=any SLURM_NNODES=2\n"
+        'exec bash "$script" > job.out 2> job.err\n'
+    ),
+}
+
+
+@pytest.fixture
+def slurm(tmp_path):
+    """A PATH on which SLURM's commands run a job of two nodes on this machine."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    for name, body in FAKES.items():
+        (folder / name).write_text(f"#!/usr/bin/env bash\n{body}")
+        (folder / name).chmod(0o755)
+    return f"{folder}{os.pathsep}{os.environ['PATH']}"
+
+
+def test_a_slurm_script_runs_one_launcher_a_node(tmp_path, tiny, slurm):
+    words = ["--slurm", "job.sh", "--nnodes", 2, "--nproc-per-node", 1, "--partition", "gpu", "--time", "4:00:00"]
+    written = run(tmp_path, *SCATTERFOLD, "launch", *words, "--account", "me", "train", *tiny)
+    assert written.returncode == 0, written.stderr
+    script = (tmp_path / "job.sh").read_text()
+    for option in ("--nodes=2", "--ntasks-per-node=1", "--partition=gpu", "--time=4:00:00", "--account=me"):
+        assert f"#SBATCH {option}\n" in script
+    assert "#SBATCH --signal=TERM@120\n" in script and "--qos" not in script
+    assert run(tmp_path, "bash", "-n", "job.sh").returncode == 0
+    submitted = run(tmp_path, "sbatch", "job.sh", PATH=slurm)
+    assert submitted.returncode == 0, (tmp_path / "job.err").read_text()
+    folder = tmp_path / "runs" / "slurm_4711"
+    assert len(losses(folder)) == 3
+    assert json.loads((folder / "environment.json").read_text())["processes"] == 2
+
+
+def test_the_slurm_launcher_writes_and_submits(tmp_path, tiny, slurm):
+    words = ["launcher=slurm", "launcher.nodes=2", "launcher.nproc_per_node=1", "launcher.mem=4G", "run_dir=run"]
+    done = run(tmp_path, *SCATTERFOLD, "train", *tiny, *words, "launcher.wait=true", PATH=slurm)
+    assert done.returncode == 0, done.stderr + (tmp_path / "job.err").read_text()
+    assert done.stdout == "job 4711: run/job.sh\n"
+    assert "--wait" in shlex.split((tmp_path / "sbatch.args").read_text())
+    assert "#SBATCH --mem=4G\n" in (tmp_path / "run" / "job.sh").read_text()
+    assert len(losses(tmp_path / "run")) == 3
+    without = run(tmp_path, *SCATTERFOLD, "train", *tiny, *words, PATH="/usr/bin:/bin")
+    assert without.returncode == 2 and "needs sbatch" in without.stderr
+
+
+def test_a_sweep_of_torchrun_jobs(tmp_path, tiny):
+    words = ["launcher=torchrun", "launcher.nproc_per_node=2", "router.top_k=9,2", "hydra.sweep.dir=sweep"]
+    done = run(tmp_path, *SCATTERFOLD, "train", "-m", *tiny, *words)
+    assert done.returncode == 1 and not done.stderr
+    bad, good = (Trial.load(tmp_path / "sweep" / str(number)) for number in (0, 1))
+    assert (bad.status, bad.exit_code) == (FAILED, 2) and "router.top_k=9" in bad.message
+    assert good.status == FINISHED and good.objective > 0
+    assert json.loads((tmp_path / "sweep" / "1" / "environment.json").read_text())["processes"] == 2
+    assert (tmp_path / "sweep" / "1" / "logs" / "rank-1.err").exists()
+
+
+def test_what_cannot_be_launched_is_one_line(tmp_path, tiny, capfd, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    endpoint = "localhost:12345"
+    for words, expected in (
+        (["--nnodes", 2, "train", *tiny, "run_dir=run"], "--rdzv-endpoint HOST:PORT"),
+        (["--nnodes", 2, "--rdzv-endpoint", endpoint, "train", *tiny], "run_dir=null with --nnodes 2"),
+        (["--partition", "gpu", "train", *tiny], "--partition is for a SLURM script"),
+        (["train", "-m", "seed=1,2"], "would sweep on every rank"),
+        (["--nproc-per-node", "many", "train", *tiny], "nproc_per_node=many"),
+    ):
+        capfd.readouterr()
+        assert main(["launch", *map(str, words)]) == 2
+        (line,) = capfd.readouterr().err.splitlines()
+        assert expected in line
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,55 @@
+"""The table of backends: what serves which device, dtype and width."""
+
+import pytest
+import torch
+
+from scatterfold.kernels import ConfigError, backends
+from scatterfold.kernels.backends import BACKENDS, choose_backend
+
+CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def hopper(monkeypatch):
+    monkeypatch.delenv(backends.VARIABLE, raising=False)
+    monkeypatch.setattr(backends, "_capability", lambda device: (9, 0))
+    monkeypatch.setattr(backends, "_has_triton", lambda: True)
+
+
+def test_cpu_takes_one_gemm_per_expert():
+    assert choose_backend(CPU, torch.bfloat16, 512, 256).backend == "cpu"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_a_gpu_takes_the_fused_kernels_in_any_width(dtype):
+    assert choose_backend(CUDA, dtype, 33, 7).backend == "triton"
+
+
+def test_float64_on_a_gpu_takes_one_gemm_per_expert():
+    choice = choose_backend(CUDA, torch.float64, 512, 256)
+    assert choice.backend == "cpu" and "no float64" in choice.why
+
+
+@pytest.mark.parametrize(("width", "backend"), [(512, "torch"), (33, "cpu")])
+def test_without_triton_grouped_mm_where_it_fits(width, backend, monkeypatch):
+    monkeypatch.setattr(backends, "_has_triton", lambda: False)
+    choice = choose_backend(CUDA, torch.bfloat16, width, 256)
+    assert choice.backend == backend and "triton is not installed" in choice.why
+
+
+def test_old_devices_are_told_why(monkeypatch):
+    monkeypatch.setattr(backends, "_capability", lambda device: (7, 5))
+    choice = choose_backend(CUDA, torch.float16, 512, 256)
+    assert choice.backend == "torch" and "7.5" in choice.why
+
+
+def test_the_environment_forces_a_backend(monkeypatch):
+    monkeypatch.setenv(backends.VARIABLE, "reference")
+    assert choose_backend(CUDA, torch.bfloat16, 512, 256).backend == "reference"
+    monkeypatch.setenv(backends.VARIABLE, "fast")
+    with pytest.raises(ConfigError, match="SCATTERFOLD_BACKEND='fast' is unknown, allowed: triton"):
+        choose_backend(CUDA, torch.bfloat16, 512, 256)
+
+
+def test_what_can_be_chosen_is_in_the_table():
+    assert {"triton", "torch", "cpu", "reference"} == set(BACKENDS)
