@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 from torch import Tensor
 
+from .availability import FLOATS, HAS_TRITON, interprets
 from .cpu import moe_mlp_cpu
 from .errors import ConfigError
 from .reference import moe_mlp_reference
@@ -61,22 +60,27 @@ def choose_backend(device: torch.device, dtype: torch.dtype, width: int, expert_
     return Choice("cpu", f"one GEMM per expert, because {refused} and F.grouped_mm does not take this dtype and width")
 
 
+def check_serves(backend: str, x: Tensor) -> None:
+    """Raise ConfigError if this backend cannot run on a tensor like x."""
+    if backend == "triton" and (refused := _triton_refuses(x.device, x.dtype)):
+        raise ConfigError(f"experts.backend='triton' cannot run: {refused}")
+
+
 def _triton_refuses(device: torch.device, dtype: torch.dtype) -> str | None:
-    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+    if dtype not in FLOATS:
         return f"the Triton kernels have no {str(dtype).removeprefix('torch.')}"
-    if not _has_triton():
+    if not HAS_TRITON:
         return "triton is not installed"
+    if interprets():
+        return None
+    if device.type != "cuda":
+        return f"the Triton kernels need a GPU, this is {device.type}"
     capability = _capability(device)
     if capability < (8, 0):
         return f"the Triton kernels need compute capability 8.0, this device has {capability[0]}.{capability[1]}"
     return None
 
 
-@cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
-
-
-@cache
 def _capability(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device)
+    properties = torch.cuda.get_device_properties(device)  # a constant to torch.compile
+    return properties.major, properties.minor

@@ -6,11 +6,10 @@ rest on the operators below: Triton kernels where triton runs the device and the
 
 from __future__ import annotations
 
-import os
-
 import torch
 from torch import Tensor
 
+from .availability import FLOATS, runs_triton
 from .errors import ConfigError
 
 
@@ -41,18 +40,8 @@ def check(x: Tensor, w: Tensor, offsets: Tensor) -> None:
         raise ConfigError(f"offsets is {offsets.dtype} {tuple(offsets.shape)}, allowed: int32 {(w.shape[0] + 1,)}")
 
 
-def runs_triton(x: Tensor) -> bool:
-    """Whether the Triton kernels serve tensors like this one: on a GPU, or anywhere in Triton's interpreter."""
-    on_device = x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
-    return on_device and x.dtype in (torch.float32, torch.bfloat16, torch.float16) and _has_triton()
-
-
-def _has_triton() -> bool:
-    try:
-        import triton  # noqa: F401
-    except ImportError:
-        return False
-    return True
+def _on_triton(x: Tensor) -> bool:
+    return runs_triton(x) and x.dtype in FLOATS
 
 
 def _transposed(w: Tensor) -> tuple[Tensor, bool]:
@@ -79,7 +68,7 @@ def grouped_rows(
     a token, must not name a row twice.
     """
     rows = x.shape[0] if x_index is None else x_index.numel()
-    if runs_triton(x) and rows:
+    if _on_triton(x) and rows:
         from .triton_backend.primitives import rows_forward
 
         return rows_forward(x, *_transposed(w), bias, x_index, y_index, offsets, rows)
@@ -104,7 +93,7 @@ def grouped_weight_grad(
     grad: Tensor, x: Tensor, y_index: Tensor | None, x_index: Tensor | None, offsets: Tensor
 ) -> Tensor:
     """Sum over the rows n of expert e of grad[y_index[n]] x[x_index[n]]^T: (E, O, D)."""
-    if runs_triton(x) and grad.shape[0]:
+    if _on_triton(x) and grad.shape[0]:
         from .triton_backend.primitives import weight_grad
 
         return weight_grad(grad, x, y_index, x_index, offsets)
@@ -124,7 +113,7 @@ def _(grad, x, y_index, x_index, offsets):
 @torch.library.custom_op("scatterfold::grouped_bias_grad", mutates_args=())
 def grouped_bias_grad(grad: Tensor, y_index: Tensor | None, offsets: Tensor) -> Tensor:
     """Sum over the rows n of expert e of grad[y_index[n]]: (E, O)."""
-    if runs_triton(grad) and grad.shape[0]:
+    if _on_triton(grad) and grad.shape[0]:
         from .triton_backend.primitives import bias_grad
 
         return bias_grad(grad, y_index, offsets)
@@ -144,7 +133,7 @@ def _(grad, y_index, offsets):
 def sum_by_token(y: Tensor, weight: Tensor | None, assignment: Tensor, token_offsets: Tensor) -> Tensor:
     """out[t] = sum over the assignments n of token t of weight[n] * y[n], (T, D); accumulated in float32 at least."""
     num_tokens = token_offsets.numel() - 1
-    if runs_triton(y) and y.numel() and num_tokens:
+    if _on_triton(y) and y.numel() and num_tokens:
         from .triton_backend.primitives import combine
 
         return combine(y, weight, assignment, token_offsets)

@@ -12,13 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .activations import activate_backward_out, activate_out, is_gated
+from .availability import FLOATS
 from .fused_operator import fused_operator, new_gradients
 from .grouped_mm import grouped_bias_grad, grouped_rows, grouped_weight_grad, sum_by_token
 
 
 def fits_grouped_mm(dtype: torch.dtype, *widths: int) -> bool:
     """Whether `F.grouped_mm` takes this dtype and rows of these widths."""
-    if dtype not in (torch.float32, torch.bfloat16, torch.float16) or not hasattr(F, "grouped_mm"):
+    if dtype not in FLOATS or not hasattr(F, "grouped_mm"):
         return False
     return all(width * dtype.itemsize % 16 == 0 for width in widths)
 

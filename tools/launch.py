@@ -63,8 +63,9 @@ def _run(words: list[str], command_at: int) -> int:
 
 def _launch(flags: argparse.Namespace, overrides: list[str]) -> int:
     """Compose once here, so that bad input is told before any process is started; then start the ranks."""
-    from .composition import Request, session
+    from .composition import session
     from .launchers import Torchrun
+    from .request import Request
     from .run_folder import VARIABLE, run_folder
     from .train import checked
 
@@ -88,9 +89,10 @@ def _launch(flags: argparse.Namespace, overrides: list[str]) -> int:
 
 def _write_script(flags: argparse.Namespace, overrides: list[str]) -> int:
     """Compose once, so that a job does not wait in a queue only to find a misspelled key; then write the script."""
-    from .composition import Request, session
+    from .composition import session
     from .files import write_atomically
     from .launchers import Slurm
+    from .request import Request
     from .train import checked
 
     given = {name: getattr(flags, name) for name in (*SLURM_TEXT, *SLURM_NUMBERS) if getattr(flags, name) is not None}

@@ -73,7 +73,7 @@ def _print_table(results: list, keys: list[str]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from .trials import FAILED
+    from .trial import FAILED
 
     table = Table(box=None, header_style="bold", pad_edge=False)
     table.add_column("trial", justify="right")

@@ -11,7 +11,7 @@ import numpy as np
 
 from ..kernels.errors import ConfigError
 from ..moe.report.history import RunHistory, read_history
-from .trials import FINISHED, TRIAL_FILE, UNFINISHED, Trial
+from .trial import FINISHED, TRIAL_FILE, UNFINISHED, Trial
 
 
 @dataclass(frozen=True)

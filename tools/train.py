@@ -16,7 +16,8 @@ from . import rank_report
 from .errors import guarded
 
 if TYPE_CHECKING:
-    from .composition import Request, Session
+    from .composition import Session
+    from .request import Request
 
 HELP = """Train a Mixture-of-Experts language model.
 
@@ -67,7 +68,8 @@ def _run(argv: list[str]) -> int:
 
 def _compose(argv: list[str]) -> tuple[dict[str, Any] | int, Request]:
     """The resolved configuration, or an exit code where there is nothing more to do."""
-    from .composition import Request, session
+    from .composition import session
+    from .request import Request
 
     try:
         request = Request.parse(argv)
@@ -122,7 +124,7 @@ def run(config: dict[str, Any], request: Request) -> int:
 def train(config: dict[str, Any], folder: Path) -> float:
     """Train on this rank; returns the objective of a sweep, the final validation loss (NaN if there is none)."""
     from ..moe.training.run import train as train_run
-    from .trials import write_result
+    from .trial import write_result
 
     result = train_run({**config, "run_dir": str(folder)}, folder)
     if rank_report.rank() == 0:

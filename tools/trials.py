@@ -7,7 +7,6 @@ TRIAL/trial.log.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import signal
@@ -17,14 +16,14 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from queue import Queue
 from typing import TYPE_CHECKING, Any
 
 from ..kernels.errors import ConfigError
-from .files import write_atomically
 from .run_folder import VARIABLE
+from .trial import FAILED, FINISHED, LOG_FILE, RESULT, TRIAL_FILE, UNFINISHED, Trial, read_result
 
 if TYPE_CHECKING:
     from hydra.core.config_loader import ConfigLoader
@@ -32,48 +31,6 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
     from .composition import Session
-
-RESULT = "SCATTERFOLD_RESULT"
-TRIAL_FILE = "trial.json"
-LOG_FILE = "trial.log"
-FINISHED, FAILED, UNFINISHED, RUNNING = "finished", "failed", "unfinished", "running"
-
-
-@dataclass(frozen=True)
-class Trial:
-    """One trial, as in trial.json.
-
-    Attributes:
-        number: of the trial in its sweep.
-        overrides: what this trial changes.
-        status: running, finished, failed, or unfinished (stopped by a signal; it can go on).
-        exit_code: of its process.
-        objective: final validation loss.
-        message: why it failed.
-        seconds: how long its process ran, the last time.
-    """
-
-    number: int
-    overrides: tuple[str, ...]
-    status: str = RUNNING
-    exit_code: int | None = None
-    objective: float | None = None
-    message: str | None = None
-    seconds: float = 0.0
-
-    def save(self, folder: Path) -> Trial:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / TRIAL_FILE, json.dumps(asdict(self), indent=2) + "\n")
-        return self
-
-    @classmethod
-    def load(cls, folder: Path) -> Trial | None:
-        """The trial of a folder; None if it holds none."""
-        try:
-            record = json.loads((folder / TRIAL_FILE).read_text())
-            return cls(**{**record, "overrides": tuple(record["overrides"])})
-        except (OSError, ValueError, TypeError, KeyError):
-            return None
 
 
 class Sweep:
@@ -232,22 +189,6 @@ class Sweep:
         if self._stopped_by == signal.SIGINT:
             return 130
         return 1 if counts[FAILED] else 0
-
-
-def write_result(completed: bool, objective: float | None) -> None:
-    """Tell the sweep that this run belongs to, if any, how it ended."""
-    path = os.environ.get(RESULT)
-    if path:
-        write_atomically(Path(path), json.dumps({"completed": completed, "objective": objective}) + "\n")
-
-
-def read_result(path: Path) -> tuple[bool, float]:
-    """Whether a run completed, and its objective (NaN if it has none)."""
-    try:
-        record = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return False, math.nan
-    return record["completed"], math.nan if record["objective"] is None else record["objective"]
 
 
 def _folder_of(

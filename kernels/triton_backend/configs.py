@@ -123,9 +123,12 @@ _HALF["rows_k"] = _HALF["rows"]
 # Exact float32 runs on the ordinary cores, whose operands sit in registers: small tiles, many warps.
 _FULL: dict[str, list[tuple[int, list[Config]]]] = {
     "up": [(16, [Config(16, 32, 32, 4, 3)]), (8192, [Config(64, 64, 16, 8, 4), Config(64, 32, 16, 8, 3)])],
-    "rows": [(16, [Config(16, 64, 32, 4, 3)]), (8192, [Config(64, 64, 16, 8, 3), Config(64, 32, 16, 4, 4)])],
+    "rows": [
+        (16, [Config(16, 64, 32, 4, 3, tma=False)]),
+        (8192, [Config(64, 64, 16, 8, 3, tma=False), Config(64, 64, 32, 8, 3)]),
+    ],
     "dact": [(16, [Config(16, 32, 32, 4, 3)]), (8192, [Config(64, 64, 16, 8, 3), Config(64, 32, 16, 4, 4)])],
-    "weight_grad": [(8192, [Config(64, 64, 32, 4, 3, tma=False), Config(128, 64, 32, 8, 3, tma=False)])],
+    "weight_grad": [(8192, [Config(64, 64, 32, 4, 3, tma=False), Config(128, 64, 16, 8, 5, tma=False)])],
 }
 _FULL["rows_k"] = _FULL["rows"]
 

@@ -1,8 +1,9 @@
 """Grouped GEMM over rows sorted by expert: tiles of (rows of one expert) x (output columns).
 
 Three kernels share one main loop: `up` with the activation in its epilogue, `rows` with nothing but a bias, and `dact`
-with the gradient of the activation. Rows may be gathered while they are loaded, weights come by TMA descriptor or by
-pointer. A row beyond the end of its expert loads row 0 instead of a mask, its result is not stored.
+with the gradient of the activation. Rows may be gathered while they are loaded; weights, and rows in place, come by TMA
+descriptor or by pointer. A row beyond the end of its expert loads another row instead of a mask: its result is not
+stored.
 
 A program computes every num_programs-th tile: one each if the grid has as many programs as tiles, several if the grid
 is persistent, one program per multiprocessor.
@@ -17,6 +18,8 @@ from .device import act, act_grad, halves, locate, multiply, quarters
 @triton.jit
 def _product(
     x,  # first element of each row, (BLOCK_M, 1) pointers
+    x_desc,  # or rows row0, row0 + 1, ... by descriptor: those past the expert's end are not stored
+    row0,
     w,  # weights of all experts: (E, HALVES, outputs, K) or, with W_K_ROWS, (E, K, outputs)
     w_desc,
     expert,
@@ -46,7 +49,9 @@ def _product(
         w_tile = w + row[:, None].to(tl.int64) * stride_wr
     acc = tl.zeros((BLOCK_M, HALVES * BLOCK_N), tl.float32)
     for k0 in range(0, K, BLOCK_K):
-        if EVEN_K:
+        if x_desc is not None:
+            a = x_desc.load([row0, k0])
+        elif EVEN_K:
             a = tl.load(x + (k0 + k)[None, :])
         else:
             a = tl.load(x + (k0 + k)[None, :], mask=(k0 + k)[None, :] < K, other=0.0)
@@ -141,7 +146,7 @@ def _up_tile(
     row_in = row < tl.load(expert_offsets + expert + 1)
     source = tl.load(token + row, mask=row_in, other=0).to(tl.int64)
     acc = _product(
-        x + source[:, None] * stride_x, w, w_desc, expert, n0, F, D, stride_we, stride_wr,
+        x + source[:, None] * stride_x, None, 0, w, w_desc, expert, n0, F, D, stride_we, stride_wr,
         HALVES, False, TMA, EVEN_K, True, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION,
     )  # fmt: skip
     gate, up = halves(acc, HALVES, BLOCK_M, BLOCK_N)
@@ -206,6 +211,7 @@ def _rows_tile(
     row_tile,
     n0,
     x,
+    x_desc,
     x_index,
     w,
     w_desc,
@@ -239,7 +245,7 @@ def _rows_tile(
     else:
         source = tl.where(row_in, row, first).to(tl.int64)
     acc = _product(
-        x + source[:, None] * stride_x, w, w_desc, expert, n0, N, K, stride_we, stride_wr,
+        x + source[:, None] * stride_x, x_desc, first, w, w_desc, expert, n0, N, K, stride_we, stride_wr,
         1, W_K_ROWS, TMA, EVEN_K, EVEN_N, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION,
     )  # fmt: skip
     column = n0 + tl.arange(0, BLOCK_N)
@@ -256,6 +262,7 @@ def _rows_tile(
 @triton.jit(do_not_specialize=["bound"])
 def rows_kernel(
     x,
+    x_desc,
     x_index,
     w,
     w_desc,
@@ -287,8 +294,8 @@ def rows_kernel(
     for tile in range(tl.program_id(0), total * columns, tl.num_programs(0)):
         row_tile, column_tile = locate(tile, total, columns, GROUP_M)
         _rows_tile(
-            row_tile, column_tile * BLOCK_N, x, x_index, w, w_desc, bias, y, y_index, expert_offsets, table, bound,
-            N, K, stride_x, stride_we, stride_wr, stride_y,
+            row_tile, column_tile * BLOCK_N, x, x_desc, x_index, w, w_desc, bias, y, y_index, expert_offsets, table,
+            bound, N, K, stride_x, stride_we, stride_wr, stride_y,
             W_K_ROWS, TMA, EVEN_K, EVEN_N, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION,
         )  # fmt: skip
 
@@ -365,7 +372,7 @@ def _dact_tile(
     row_in = row < tl.load(expert_offsets + expert + 1)
     source = tl.load(token + row, mask=row_in, other=0).to(tl.int64)
     g = _product(  # the gradient of the un-weighted activation
-        grad + source[:, None] * stride_g, w, w_desc, expert, n0, F, D, stride_we, stride_wr,
+        grad + source[:, None] * stride_g, None, 0, w, w_desc, expert, n0, F, D, stride_we, stride_wr,
         1, True, TMA, EVEN_K, EVEN_N, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION,
     )  # fmt: skip
     scale = tl.load(weight + row, mask=row_in, other=0.0).to(tl.float32)[:, None]

@@ -123,12 +123,13 @@ def _tiled(groups: Groups, config: Config, columns: int, device: torch.device) -
     return (programs,), arguments
 
 
-def _descriptor(config: Config, w: Tensor, shape: list[int], strides: list[int], block: list[int]):
-    """A TMA descriptor of the weights, or None where the hardware or the alignment has none."""
-    aligned = w.data_ptr() % 16 == 0 and all(stride * w.element_size() % 16 == 0 for stride in strides[:-1])
-    if not (config.tma and aligned and configs.has_tma(w.device)):
+def _descriptor(config: Config, t: Tensor, shape: list[int], strides: list[int], block: list[int]):
+    """A TMA descriptor of a tensor, or None where the hardware or the alignment has none."""
+    aligned = all(stride > 0 and stride * t.element_size() % 16 == 0 for stride in strides[:-1])
+    aligned = aligned and t.data_ptr() % 16 == 0
+    if not (config.tma and aligned and configs.has_tma(t.device)):
         return None
-    return TensorDescriptor(w, shape, strides, block)
+    return TensorDescriptor(t, shape, strides, block)
 
 
 def rows_of(t: Tensor) -> Tensor:
@@ -213,12 +214,16 @@ def rows(
     def run(config: Config) -> None:
         grid, tiled = _tiled(groups, config, triton.cdiv(outputs, config.block_n), x.device)
         w_desc = _matrix(w, outputs, contracted, k_rows, config)
+        x_desc = None
+        if x_index is None:
+            x_desc = _descriptor(config, x, list(x.shape), list(x.stride()), [config.block_m, config.block_k])
         launch(
             gemm.rows_kernel,
             grid,
             config.warps,
             config.stages,
             x=x,
+            x_desc=x_desc,
             x_index=x_index,
             w=w,
             w_desc=w_desc,

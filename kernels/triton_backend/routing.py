@@ -107,7 +107,7 @@ def place_kernel(
     tl.store(assignment + place, place, mask=in_list & (sorted_expert >= num_experts))  # padding stays where it is
 
 
-def routing_tables(
+def build_tables(
     experts: Tensor, num_experts: int, keep: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The tables of a Routing for experts (T, K) chosen per token, those with keep (T, K) false at the end as padding.
@@ -152,3 +152,14 @@ def routing_tables(
             **tiles,
         )
     return token, order, expert_offsets, assignment, token_offsets
+
+
+routing_tables = torch.library.custom_op("scatterfold::routing_tables", build_tables, mutates_args=())
+
+
+@routing_tables.register_fake
+def _(experts, num_experts, keep=None):
+    sizes = {"token": experts.numel(), "order": experts.numel(), "expert_offsets": num_experts + 1}
+    sizes |= {"assignment": experts.numel(), "token_offsets": experts.shape[0] + 1}
+    dtypes = {"order": torch.int64}
+    return tuple(experts.new_empty(size, dtype=dtypes.get(name, torch.int32)) for name, size in sizes.items())

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shlex
 import signal
 import subprocess
 import sys
@@ -12,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from scatterfold.tools.cli import main
-from scatterfold.tools.trials import FAILED, FINISHED, Trial
+from scatterfold.tools.trial import FINISHED, Trial
 
 pytestmark = pytest.mark.distributed
 
@@ -58,39 +57,49 @@ def losses(folder):
     return [line["loss"] for line in lines if "loss" in line]
 
 
-def test_launch_trains_like_one_process_and_keeps_logs_of_ranks(tmp_path, tiny):
-    launched = run(tmp_path, *SCATTERFOLD, "launch", "--nproc-per-node", 2, "train", *tiny, "run_dir=two")
-    assert launched.returncode == 0, launched.stderr
-    assert not launched.stderr
+@pytest.fixture
+def launch(tmp_path, monkeypatch, capfd):
+    """`launch(…) -> (exit code, stdout, stderr)`: the launcher in this process, its ranks in theirs."""
+    monkeypatch.chdir(tmp_path)
+
+    def launch(*words):
+        capfd.readouterr()
+        code = main(["launch", *map(str, words)])
+        return (code, *capfd.readouterr())
+
+    return launch
+
+
+def test_launch_trains_like_one_process_and_keeps_logs_of_ranks(launch, tmp_path, tiny):
+    code, out, err = launch("--nproc-per-node", 2, "train", *tiny, "run_dir=two")
+    assert code == 0 and not err
     assert main(["train", *tiny, f"run_dir={tmp_path / 'one'}", "logger.display=none"]) == 0
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
     assert json.loads((tmp_path / "two" / "environment.json").read_text())["processes"] == 2
     assert {path.name for path in (tmp_path / "two" / "logs").iterdir()} == {
         f"rank-{rank}.{stream}" for rank in (0, 1) for stream in ("out", "err")
     }
-    assert launched.stdout == (tmp_path / "two" / "logs" / "rank-0.out").read_text()
-    assert "step" in launched.stdout and not (tmp_path / "two" / "logs" / "rank-1.out").read_text()
+    assert out == (tmp_path / "two" / "logs" / "rank-0.out").read_text()
+    assert "step" in out and not (tmp_path / "two" / "logs" / "rank-1.out").read_text()
     assert {path.name for path in tmp_path.iterdir()} == {"one", "two"}
 
 
-def test_bad_input_in_ranks_is_one_line_and_exit_code_2(tmp_path, tiny):
-    for words in (["router.top_k=9"], ["trainer.stesp=3"], ["layout.dp_shard=3"]):
-        launched = run(tmp_path, *SCATTERFOLD, "launch", "--nproc-per-node", 2, "train", *tiny, "run_dir=run", *words)
-        assert launched.returncode == 2
-        (line,) = launched.stderr.splitlines()
-        assert line.startswith("scatterfold: ") and words[0].split("=")[0] in line
-        assert not list(tmp_path.iterdir())
+def test_bad_input_in_ranks_is_one_line_and_leaves_nothing(launch, tmp_path, tiny):
+    code, out, err = launch("--nproc-per-node", 2, "train", *tiny, "run_dir=run", "layout.dp_shard=3")
+    assert code == 2 and not out
+    (line,) = err.splitlines()
+    assert line.startswith("scatterfold: layout.dp_shard=3")
+    assert not list(tmp_path.iterdir())
 
 
-def test_a_crash_names_the_rank_and_its_log(tmp_path, tiny, monkeypatch):
+def test_a_crash_names_the_rank_and_its_log(launch, tmp_path, tiny, monkeypatch):
     (tmp_path / "broken.py").write_text("def Broken(warmup_steps):\n    raise ZeroDivisionError('by design')\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     words = ["schedule=constant", "schedule._target_=broken.Broken", "run_dir=run"]
-    launched = run(
-        tmp_path, *SCATTERFOLD, "launch", "--nproc-per-node", 2, "train", *tiny, *words, PYTHONPATH=str(tmp_path)
-    )
-    assert launched.returncode == 1
-    (line,) = launched.stderr.splitlines()
-    assert "ZeroDivisionError: by design" in line
+    code, _, err = launch("--nproc-per-node", 1, "train", *tiny, *words)
+    assert code == 1
+    (line,) = err.splitlines()
+    assert "ZeroDivisionError: by design (rank 0" in line
     log = tmp_path / line.split("its traceback is in ")[1].rstrip(")")
     assert "Traceback" in log.read_text() and "by design" in log.read_text()
 
@@ -105,9 +114,9 @@ def stop_after_first_step(process, run_dir, number):
     return process.communicate(timeout=60)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
-def test_a_signal_reaches_the_ranks_which_save(tmp_path, tiny, number, code):
-    words = ["launch", "--nproc-per-node", "2", "train", *tiny, "run_dir=run", "trainer.steps=100000"]
+@pytest.mark.parametrize(("number", "code", "ranks"), [(signal.SIGTERM, 0, 2), (signal.SIGINT, 130, 1)])
+def test_a_signal_reaches_the_ranks_which_save(tmp_path, tiny, number, code, ranks):
+    words = ["launch", "--nproc-per-node", str(ranks), "train", *tiny, "run_dir=run", "trainer.steps=100000"]
     process = subprocess.Popen(
         [*SCATTERFOLD, *words],
         cwd=tmp_path,
@@ -134,30 +143,31 @@ def test_torchrun_runs_the_module_in_one_folder(tmp_path, tiny):
     assert json.loads((folder / "environment.json").read_text())["processes"] == 2
 
 
-def test_a_failing_rank_is_started_again(tmp_path, tiny):
-    (tmp_path / "once.py").write_text(
-        "import os\n"
-        "from pathlib import Path\n"
-        "from scatterfold.moe.training import Constant\n"
-        "class Once(Constant):\n"
-        "    def __call__(self, step, total_steps):\n"
-        "        mark = Path(os.environ['MARK'])\n"
-        "        if step == 2 and os.environ['RANK'] == '1' and not mark.exists():\n"
-        "            mark.touch()\n"
-        "            os._exit(7)\n"
-        "        return super().__call__(step, total_steps)\n"
-    )
+ONCE = """
+import os
+from pathlib import Path
+from scatterfold.moe.training import Constant
+
+class Once(Constant):
+    def __call__(self, step, total_steps):
+        mark = Path(os.environ["MARK"])
+        if step == 2 and not mark.exists():
+            mark.touch()
+            os._exit(7)
+        return super().__call__(step, total_steps)
+"""
+
+
+def test_a_failing_rank_is_started_again_and_resumes(launch, tmp_path, tiny, monkeypatch):
+    (tmp_path / "once.py").write_text(ONCE)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("MARK", str(tmp_path / "mark"))
     words = ["schedule=constant", "schedule._target_=once.Once", "run_dir=run", "trainer.checkpoint_every=1"]
-    launched = run(
-        tmp_path,
-        *(*SCATTERFOLD, "launch", "--nproc-per-node", 2, "--max-restarts", 1, "train", *tiny, *words),
-        PYTHONPATH=str(tmp_path),
-        MARK=str(tmp_path / "mark"),
-    )
-    assert launched.returncode == 0, launched.stderr
+    code, out, err = launch("--nproc-per-node", 1, "--max-restarts", 1, "train", *tiny, *words)
+    assert code == 0, err
     assert (tmp_path / "mark").exists()
     assert len(losses(tmp_path / "run")) == 3
-    assert (tmp_path / "run" / "logs" / "rank-1.2.err").exists()
+    assert "step-2" in (tmp_path / "run" / "logs" / "rank-0.2.out").read_text()
 
 
 FAKES = {
@@ -183,10 +193,10 @@ def slurm(tmp_path):
     return f"{folder}{os.pathsep}{os.environ['PATH']}"
 
 
-def test_a_slurm_script_runs_one_launcher_a_node(tmp_path, tiny, slurm):
+def test_a_slurm_script_runs_one_launcher_a_node(launch, tmp_path, tiny, slurm):
     words = ["--slurm", "job.sh", "--nnodes", 2, "--nproc-per-node", 1, "--partition", "gpu", "--time", "4:00:00"]
-    written = run(tmp_path, *SCATTERFOLD, "launch", *words, "--account", "me", "train", *tiny)
-    assert written.returncode == 0, written.stderr
+    code, _, err = launch(*words, "--account", "me", "train", *tiny)
+    assert code == 0, err
     script = (tmp_path / "job.sh").read_text()
     for option in ("--nodes=2", "--ntasks-per-node=1", "--partition=gpu", "--time=4:00:00", "--account=me"):
         assert f"#SBATCH {option}\n" in script
@@ -199,27 +209,34 @@ def test_a_slurm_script_runs_one_launcher_a_node(tmp_path, tiny, slurm):
     assert json.loads((folder / "environment.json").read_text())["processes"] == 2
 
 
-def test_the_slurm_launcher_writes_and_submits(tmp_path, tiny, slurm):
-    words = ["launcher=slurm", "launcher.nodes=2", "launcher.nproc_per_node=1", "launcher.mem=4G", "run_dir=run"]
-    done = run(tmp_path, *SCATTERFOLD, "train", *tiny, *words, "launcher.wait=true", PATH=slurm)
-    assert done.returncode == 0, done.stderr + (tmp_path / "job.err").read_text()
-    assert done.stdout == "job 4711: run/job.sh\n"
-    assert "--wait" in shlex.split((tmp_path / "sbatch.args").read_text())
-    assert "#SBATCH --mem=4G\n" in (tmp_path / "run" / "job.sh").read_text()
-    assert len(losses(tmp_path / "run")) == 3
-    without = run(tmp_path, *SCATTERFOLD, "train", *tiny, *words, PATH="/usr/bin:/bin")
-    assert without.returncode == 2 and "needs sbatch" in without.stderr
+def test_the_slurm_launcher_writes_and_submits(tmp_path, tiny, slurm, capfd, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = ["train", *tiny, "launcher=slurm", "launcher.nodes=2", "launcher.mem=4G", "run_dir=run"]
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+    assert main(words) == 2
+    assert "launcher=slurm needs sbatch" in capfd.readouterr().err
+    monkeypatch.setenv("PATH", slurm)
+    (tmp_path / "bin" / "sbatch").write_text(
+        '#!/usr/bin/env bash\necho "$@" > sbatch.args\necho 4711\nexit ${CODE:-0}\n'
+    )
+    assert main([*words, "launcher.wait=true"]) == 0
+    assert capfd.readouterr().out == "job 4711: run/job.sh\n"
+    assert (tmp_path / "sbatch.args").read_text() == "--parsable --wait run/job.sh\n"
+    script = (tmp_path / "run" / "job.sh").read_text()
+    assert "#SBATCH --mem=4G\n" in script and f"export SCATTERFOLD_RUN_DIR={tmp_path / 'run'}\n" in script
+    monkeypatch.setenv("CODE", "3")
+    assert main(words) == 1
+    assert "ended with exit code 3" in capfd.readouterr().err
 
 
-def test_a_sweep_of_torchrun_jobs(tmp_path, tiny):
-    words = ["launcher=torchrun", "launcher.nproc_per_node=2", "router.top_k=9,2", "hydra.sweep.dir=sweep"]
-    done = run(tmp_path, *SCATTERFOLD, "train", "-m", *tiny, *words)
-    assert done.returncode == 1 and not done.stderr
-    bad, good = (Trial.load(tmp_path / "sweep" / str(number)) for number in (0, 1))
-    assert (bad.status, bad.exit_code) == (FAILED, 2) and "router.top_k=9" in bad.message
-    assert good.status == FINISHED and good.objective > 0
-    assert json.loads((tmp_path / "sweep" / "1" / "environment.json").read_text())["processes"] == 2
-    assert (tmp_path / "sweep" / "1" / "logs" / "rank-1.err").exists()
+def test_a_sweep_of_torchrun_jobs(tmp_path, tiny, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = ["launcher=torchrun", "launcher.nproc_per_node=2", "seed=choice(3)", "hydra.sweep.dir=sweep"]
+    assert main(["train", "-m", *tiny, *words]) == 0
+    trial = Trial.load(tmp_path / "sweep" / "0")
+    assert trial.status == FINISHED and trial.objective > 0
+    assert json.loads((tmp_path / "sweep" / "0" / "environment.json").read_text())["processes"] == 2
+    assert (tmp_path / "sweep" / "0" / "logs" / "rank-1.err").exists()
 
 
 def test_what_cannot_be_launched_is_one_line(tmp_path, tiny, capfd, monkeypatch):
@@ -229,6 +246,7 @@ def test_what_cannot_be_launched_is_one_line(tmp_path, tiny, capfd, monkeypatch)
         (["--nnodes", 2, "train", *tiny, "run_dir=run"], "--rdzv-endpoint HOST:PORT"),
         (["--nnodes", 2, "--rdzv-endpoint", endpoint, "train", *tiny], "run_dir=null with --nnodes 2"),
         (["--partition", "gpu", "train", *tiny], "--partition is for a SLURM script"),
+        (["train", *tiny, "trainer.stesp=3"], "did you mean trainer.steps?"),
         (["train", "-m", "seed=1,2"], "would sweep on every rank"),
         (["--nproc-per-node", "many", "train", *tiny], "nproc_per_node=many"),
     ):

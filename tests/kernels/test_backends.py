@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from scatterfold.kernels import ConfigError, backends
-from scatterfold.kernels.backends import BACKENDS, choose_backend
+from scatterfold.kernels.backends import BACKENDS, check_serves, choose_backend
 
 CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
 
@@ -13,7 +13,7 @@ CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
 def hopper(monkeypatch):
     monkeypatch.delenv(backends.VARIABLE, raising=False)
     monkeypatch.setattr(backends, "_capability", lambda device: (9, 0))
-    monkeypatch.setattr(backends, "_has_triton", lambda: True)
+    monkeypatch.setattr(backends, "HAS_TRITON", True)
 
 
 def test_cpu_takes_one_gemm_per_expert():
@@ -32,7 +32,7 @@ def test_float64_on_a_gpu_takes_one_gemm_per_expert():
 
 @pytest.mark.parametrize(("width", "backend"), [(512, "torch"), (33, "cpu")])
 def test_without_triton_grouped_mm_where_it_fits(width, backend, monkeypatch):
-    monkeypatch.setattr(backends, "_has_triton", lambda: False)
+    monkeypatch.setattr(backends, "HAS_TRITON", False)
     choice = choose_backend(CUDA, torch.bfloat16, width, 256)
     assert choice.backend == backend and "triton is not installed" in choice.why
 
@@ -49,6 +49,14 @@ def test_the_environment_forces_a_backend(monkeypatch):
     monkeypatch.setenv(backends.VARIABLE, "fast")
     with pytest.raises(ConfigError, match="SCATTERFOLD_BACKEND='fast' is unknown, allowed: triton"):
         choose_backend(CUDA, torch.bfloat16, 512, 256)
+
+
+def test_the_fused_kernels_say_what_they_need():
+    check_serves("cpu", torch.zeros(1))
+    with pytest.raises(ConfigError, match="experts.backend='triton' cannot run: the Triton kernels need a GPU"):
+        check_serves("triton", torch.zeros(1))
+    with pytest.raises(ConfigError, match="no float64"):
+        check_serves("triton", torch.zeros(1, dtype=torch.float64))
 
 
 def test_what_can_be_chosen_is_in_the_table():

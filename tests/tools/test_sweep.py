@@ -11,7 +11,7 @@ import pytest
 
 from scatterfold.tools.sweep_figure import save_figure
 from scatterfold.tools.sweep_results import read_sweep, varied_keys
-from scatterfold.tools.trials import FAILED, FINISHED, Trial
+from scatterfold.tools.trial import FAILED, FINISHED, Trial
 
 QUICK = ("trainer.steps=2", "trainer.checkpoint_every=0", "logger.display=none")
 

@@ -14,6 +14,7 @@ from ...kernels.errors import ConfigError
 from .. import rank_report
 from ..files import write_atomically
 from ..run_folder import VARIABLE
+from ..trial import RESULT
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class Slurm:
         folder.mkdir(parents=True, exist_ok=True)
         script = folder / "job.sh"
         write_atomically(script, self.script(words, folder))
-        in_sweep = "SCATTERFOLD_RESULT" in os.environ
+        in_sweep = RESULT in os.environ
         command = ["sbatch", "--parsable", *(["--wait"] if self.wait or in_sweep else []), str(script)]
         result = subprocess.run(command, stdout=subprocess.PIPE, text=True)
         if result.returncode == 0:

@@ -61,6 +61,13 @@ def test_all_on_one_expert_and_none():
     assert expert_offsets.tolist() == [0] * 5 and token_offsets.tolist() == [0]
 
 
+def test_compiles_without_graph_break():
+    chosen, keep = choices(20, 2, 6), torch.arange(40).view(20, 2) % 3 > 0
+    compiled = torch.compile(lambda chosen, keep: routing_tables(chosen, 6, keep), fullgraph=True, backend="aot_eager")
+    assert_same(compiled(chosen, keep), *expected_from(chosen, 6, keep))
+    torch.library.opcheck(routing_tables, (chosen, 6, keep))
+
+
 def test_int32_choices_and_views():
     chosen = choices(40, 4, 6).to(torch.int32)
     assert_same(routing_tables(chosen[:, :2], 6), *expected_from(chosen[:, :2], 6))
