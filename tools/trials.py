@@ -52,7 +52,7 @@ class Sweep:
         HydraConfig.instance().set_config(config)
         folder = Path(str(config.hydra.sweep.dir))
         self._constant = self.session.constant_keys()
-        with self._signals():
+        with self._signals(), _plugins_for_children():
             try:
                 self.session.sweep(config, self.task)
             except Exception:
@@ -216,6 +216,19 @@ def _folder_of(
         suffix += 1
         folder = sweep_folder / (str(suffix) if subdir == str(number) else f"{subdir}_{suffix}")
     return folder
+
+
+@contextmanager
+def _plugins_for_children():
+    """Let processes that a launcher of Hydra's starts (submitit) find our plugin when they unpickle their job."""
+    from .composition import PLUGINS
+
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join([*([before] if before else []), str(PLUGINS)])
+    try:
+        yield
+    finally:
+        os.environ.pop("PYTHONPATH") if before is None else os.environ.__setitem__("PYTHONPATH", before)
 
 
 def _remove_empty(folder: Path) -> None:

@@ -1,5 +1,8 @@
 """Functions that run inside the kernels: activations, and which tile of which expert a program computes."""
 
+# Triton annotates constants as tl.constexpr and takes plain numbers: pyright need not agree.
+# pyright: reportArgumentType=false
+
 import triton
 import triton.language as tl
 

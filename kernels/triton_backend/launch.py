@@ -304,6 +304,13 @@ def dact(
     return partials[0]
 
 
+def _rows_descriptor(config: Config, x: Tensor, index: Tensor | None, columns: int):
+    """A descriptor of blocks of rows in place; None for gathered rows, which no descriptor of Hopper's reaches."""
+    if index is not None:
+        return None
+    return _descriptor(config, x, list(x.shape), list(x.stride()), [config.block_k, columns])
+
+
 def _rows_per_chunk(num_rows: int, tiles: int, block_k: int, device: torch.device) -> int | None:
     """Into how many rows to cut the experts' rows for a weight gradient, None for no cut.
 
@@ -339,8 +346,10 @@ def weight_gradient(
             config.warps,
             config.stages,
             a=a,
+            a_desc=_rows_descriptor(config, a, a_index, config.block_m),
             a_index=a_index,
             b=b,
+            b_desc=_rows_descriptor(config, b, b_index, config.block_n),
             b_index=b_index,
             out=out,
             partial=partial,

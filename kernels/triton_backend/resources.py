@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import triton
+from triton import backends
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -96,7 +97,7 @@ def usage(recorded: Launch, capability: int = HOPPER) -> Usage:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        tool = next((Path(triton.__file__).parent / "backends" / "nvidia" / "bin").glob("cuobjdump*"))
+        tool = next((Path(backends.__file__).parent / "nvidia" / "bin").glob("cuobjdump*"))
         report = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
     counted = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", report)}
     return Usage(

@@ -76,7 +76,7 @@ def place_kernel(
     slot = tl.arange(0, BLOCK)
     # Sort the block by (expert, slot); the place is then the expert's start plus the rank within the expert.
     key = tl.sort(tl.where(valid, expert, BINS) * BLOCK + slot)
-    sorted_slot = key % BLOCK
+    sorted_slot = key % BLOCK  # pyright: ignore[reportOperatorIssue]
     sorted_bin = tl.minimum(key // BLOCK, BINS - 1)
     shift = start + before - (tl.cumsum(mine, 0) - mine)
     place = slot + tl.gather(shift, sorted_bin, 0)

@@ -48,7 +48,8 @@ def self_check(
 
     token, expert = (torch.rand(tokens, experts, generator=generator) < 0.4).nonzero(as_tuple=True)
     weight = torch.rand(token.numel(), generator=generator)
-    routing = Routing.from_assignments(*(t.to(device) for t in (token, expert, weight)), tokens, experts)
+    token, expert, weight = (t.to(device) for t in (token, expert, weight))
+    routing = Routing.from_assignments(token, expert, weight, tokens, experts)
     x, grad = randn(tokens, width), randn(tokens, width)
     w_in, w_out = randn(experts, hidden, width, scale=width**-0.5), randn(experts, width, expert_width, scale=0.1)
 

@@ -12,11 +12,40 @@ from .device import multiply
 
 
 @triton.jit
+def _block(x, desc, index, row0, c0, C, stride, EVEN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Rows row0, row0 + 1, ... of x, or the rows that `index` names there, all of them an expert's."""
+    if desc is not None:
+        block = desc.load([row0, c0])
+    else:
+        row = row0 + tl.arange(0, ROWS)
+        column = c0 + tl.arange(0, COLUMNS)
+        if index is not None:
+            row = tl.load(index + row)
+        at = x + row[:, None].to(tl.int64) * stride + column[None, :]
+        block = tl.load(at) if EVEN else tl.load(at, mask=(column < C)[None, :], other=0.0)
+    return block
+
+
+@triton.jit
+def _last_block(x, index, row0, end, c0, C, stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The same for rows up to `end`, zeros after them."""
+    row = row0 + tl.arange(0, ROWS)
+    column = c0 + tl.arange(0, COLUMNS)
+    row_in = row < end
+    if index is not None:
+        row = tl.load(index + row, mask=row_in, other=0)
+    at = x + row[:, None].to(tl.int64) * stride + column[None, :]
+    return tl.load(at, mask=row_in[:, None] & (column < C)[None, :], other=0.0)
+
+
+@triton.jit
 def _weight_tile(
     tile,
     a,
+    a_desc,
     a_index,
     b,
+    b_desc,
     b_index,
     out,
     partial,
@@ -42,8 +71,8 @@ def _weight_tile(
     first_p = (within // (GROUP_M * tiles_q)) * GROUP_M
     size = tl.minimum(tiles_p - first_p, GROUP_M)
     within = within % (GROUP_M * tiles_q)
-    p = (first_p + within % size) * BLOCK_M + tl.arange(0, BLOCK_M)
-    q = (within // size) * BLOCK_N + tl.arange(0, BLOCK_N)
+    p0 = (first_p + within % size) * BLOCK_M
+    q0 = (within // size) * BLOCK_N
     if partial is None:
         expert = item
         start = tl.load(expert_offsets + expert)
@@ -52,21 +81,17 @@ def _weight_tile(
         expert = tl.load(table + 1 + item)
         start = tl.load(table + 1 + bound + item)
         end = tl.minimum(start + rows_per_chunk, tl.load(expert_offsets + expert + 1))
-    k = tl.arange(0, BLOCK_K)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for row0 in range(start, end, BLOCK_K):
-        row = row0 + k
-        row_in = row < end
-        a_row, b_row = row, row
-        if a_index is not None:
-            a_row = tl.load(a_index + row, mask=row_in, other=0)
-        if b_index is not None:
-            b_row = tl.load(b_index + row, mask=row_in, other=0)
-        a_in = row_in[:, None] if EVEN_P else row_in[:, None] & (p < P)[None, :]
-        b_in = row_in[:, None] if EVEN_Q else row_in[:, None] & (q < Q)[None, :]
-        left = tl.load(a + a_row[:, None].to(tl.int64) * stride_a + p[None, :], mask=a_in, other=0.0)
-        right = tl.load(b + b_row[:, None].to(tl.int64) * stride_b + q[None, :], mask=b_in, other=0.0)
+    whole = start + (end - start) // BLOCK_K * BLOCK_K  # blocks of rows of this expert only need no mask
+    for row0 in range(start, whole, BLOCK_K):
+        left = _block(a, a_desc, a_index, row0, p0, P, stride_a, EVEN_P, BLOCK_K, BLOCK_M)
+        right = _block(b, b_desc, b_index, row0, q0, Q, stride_b, EVEN_Q, BLOCK_K, BLOCK_N)
         acc = multiply(left.T, right, acc, PRECISION)
+    if whole < end:
+        left = _last_block(a, a_index, whole, end, p0, P, stride_a, BLOCK_K, BLOCK_M)
+        right = _last_block(b, b_index, whole, end, q0, Q, stride_b, BLOCK_K, BLOCK_N)
+        acc = multiply(left.T, right, acc, PRECISION)
+    p, q = p0 + tl.arange(0, BLOCK_M), q0 + tl.arange(0, BLOCK_N)
     inside = (p < P)[:, None] & (q < Q)[None, :]
     at = p[:, None].to(tl.int64) * Q + q[None, :]
     if partial is None:
@@ -82,8 +107,10 @@ def _weight_tile(
 @triton.jit(do_not_specialize=["bound", "rows_per_chunk"])
 def weight_grad_kernel(
     a,
+    a_desc,
     a_index,
     b,
+    b_desc,
     b_index,
     out,
     partial,
@@ -113,8 +140,8 @@ def weight_grad_kernel(
     tiles = items * tl.cdiv(P, BLOCK_M) * tl.cdiv(Q, BLOCK_N)
     for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
         _weight_tile(
-            tile, a, a_index, b, b_index, out, partial, expert_offsets, table, bound, rows_per_chunk, P, Q,
-            stride_a, stride_b, EVEN_P, EVEN_Q, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, PRECISION,
+            tile, a, a_desc, a_index, b, b_desc, b_index, out, partial, expert_offsets, table, bound, rows_per_chunk,
+            P, Q, stride_a, stride_b, EVEN_P, EVEN_Q, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, PRECISION,
         )  # fmt: skip
 
 

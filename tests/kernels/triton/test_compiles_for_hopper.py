@@ -51,8 +51,10 @@ def check(recorded_launch):
     half = any(getattr(value, "dtype", None) in (torch.bfloat16, torch.float16) for value in args.values())
     if usage.kernel in TENSOR_CORE_KERNELS and half and args["BLOCK_M"] >= 64:
         assert usage.wgmma > 0, usage
-        assert (usage.tma_loads > 0) == args.get("TMA", False), usage
-        assert usage.async_copies > 0 or args.get("x_desc") is not None, usage
+        by_descriptor = any(name.endswith("_desc") and value is not None for name, value in args.items())
+        gathered = any(args.get(name) is not None for name in ("token", "x_index", "a_index", "b_index"))
+        assert (usage.tma_loads > 0) == by_descriptor, usage
+        assert usage.async_copies > 0 or not gathered, usage
 
 
 @pytest.mark.parametrize(
