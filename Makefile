@@ -3,11 +3,13 @@
 # Both need Python 3.11+, pip and make; everything else goes into .venv.
 #
 #   PYTHON=python3.12        another interpreter
+#   JOBS=4                   test processes; one a core unless told otherwise
 #   TORCH="torch==2.13.0"    what to give pip for torch (a CPU-only build: add its --index-url)
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 RUN ?= runs/demo
+JOBS ?= auto
 BIN := .venv/bin
 
 .PHONY: demo test lint clean
@@ -17,7 +19,7 @@ demo: .venv/installed
 	$(BIN)/scatterfold sample source=$(RUN) prompt="def " max_tokens=400 temperature=0.7
 
 test: .venv/installed-dev
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .

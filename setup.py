@@ -24,6 +24,7 @@ DATA = ["pyarrow>=15", "zstandard>=0.22"]
 DEV = [
     "pytest>=8",
     "pytest-timeout>=2.3",
+    "pytest-xdist>=3.6",
     "hypothesis>=6.100",
     "ruff>=0.6",
     "pyright>=1.1",

@@ -61,7 +61,9 @@ def test_hydra_is_known_to_the_tools_only():
     assert users == []
 
 
-@pytest.mark.parametrize("statement", ["import scatterfold", "from scatterfold import MoELayer", "import scatterfold.kernels"])
+@pytest.mark.parametrize(
+    "statement", ["import scatterfold", "from scatterfold import MoELayer", "import scatterfold.kernels"]
+)
 def test_import_loads_no_optional_and_no_heavy_package(statement):
     heavy = [*OPTIONAL, "megatron", "wandb", "hydra", "matplotlib", "rich"]
     code = f"{statement}\nimport sys\nprint([name for name in {heavy} if name in sys.modules])"

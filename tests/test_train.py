@@ -134,6 +134,20 @@ def finished(tmp_path_factory):
     return get
 
 
+def test_checkpoints_are_judged_by_one_text_and_the_end_by_all_of_it(make, finished):
+    run_dir = finished(make)
+    evaluations = [line for line in metrics(run_dir) if "valid_loss" in line]
+    assert [line["step"] for line in evaluations] == [4, 8, 8]
+    part, again, whole = [line["valid_tokens"] for line in evaluations]
+    assert part == again == 2 * 4 * 32 < whole
+    for line in evaluations[:2]:
+        meta = json.loads((run_dir / "checkpoints" / f"step-{line['step']}" / "meta.json").read_text())
+        assert meta["metric"] == line["valid_loss"]
+    summary = json.loads((run_dir / "summary.json").read_text())
+    assert summary["valid_loss"] == evaluations[-1]["valid_loss"]
+    assert summary["best_valid_loss"] == min(line["valid_loss"] for line in evaluations[:2])
+
+
 def test_a_run_writes_everything_and_says_how_it_went(make, tmp_path, capsys):
     config = make(trainer__report=True, trainer__baselines=True, logger__display="plain", trainer__log_every=2)
     result = train(config, tmp_path / "run")
@@ -148,7 +162,7 @@ def test_a_run_writes_everything_and_says_how_it_went(make, tmp_path, capsys):
     assert raw["tokens_per_second"] > 0
     assert raw["tflops"] > 0
     evaluations = [line for line in metrics(result.run_dir) if "valid_loss" in line]
-    assert [line["step"] for line in evaluations] == [4, 8]
+    assert [line["step"] for line in evaluations] == [4, 8, 8]
     assert evaluations[-1]["perplexity"] == pytest.approx(math.exp(result.valid_loss))
     assert evaluations[-1]["bits_per_byte"] == result.bits_per_byte
 

@@ -50,7 +50,7 @@ def _draw_curves(axes: Axes, results: list[TrialResult], colors: dict[str, str])
             axes.plot(steps, smooth(losses), color=color, linewidth=0.9, alpha=0.35)
             shown += smooth(losses)[steps >= 0.2 * longest].tolist()
         if result.history.valid:
-            points = [(line["step"], line["valid_loss"]) for line in result.history.valid]
+            points = [(line["step"], line["valid_loss"]) for line in result.history.comparable]
             axes.plot(*zip(*points), color=color, marker="o", markersize=4, linewidth=1.7)
             shown += [loss for step, loss in points if step >= 0.2 * longest]
     if shown and max(shown) > min(shown):

@@ -95,7 +95,7 @@ class Sweep:
                 (Trial(number, overrides), _folder_of(number, overrides, sweep_folder, config, loader, taken))
             )
         slots: Queue[dict[str, str]] = Queue()
-        for share in _gpu_shares(parallel):
+        for share in _shares(parallel):
             slots.put(share)
         with ThreadPoolExecutor(parallel) as pool:
             futures = [pool.submit(self._run_trial, trial, folder, slots) for trial, folder in placed]
@@ -240,14 +240,21 @@ def _remove_empty(folder: Path) -> None:
             folder.parent.rmdir()
 
 
-def _gpu_shares(parallel: int) -> list[dict[str, str]]:
-    """The visible GPUs, shared out among trials that run at the same time."""
+def _shares(parallel: int) -> list[dict[str, str]]:
+    """The visible GPUs, or the cores, shared out among trials that run at the same time.
+
+    Trials that each use all cores wait for each other's threads, and are many times slower than in turn.
+    """
     if parallel == 1:
         return [{}]
     import torch
 
+    from ..parallel.process import usable_cores
+
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     devices = visible.split(",") if visible else [str(index) for index in range(torch.cuda.device_count())]
+    if not devices and "OMP_NUM_THREADS" not in os.environ:
+        return [{"OMP_NUM_THREADS": str(max(1, usable_cores() // parallel))}] * parallel
     if len(devices) < parallel:
         return [{}] * parallel
     return [{"CUDA_VISIBLE_DEVICES": ",".join(devices[index::parallel])} for index in range(parallel)]

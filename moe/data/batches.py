@@ -203,8 +203,9 @@ class Batches:
 class ValidBatches:
     """The validation text, read once, each token exactly once a target.
 
-    Rows are consecutive stretches of the text. Micro-batch m goes to rank m modulo world; where the text ends early,
-    rows without any target fill up, so that every rank runs the same number of batches.
+    Rows are stretches of the text. Micro-batch m goes to rank m modulo world; where the text ends early, rows without
+    any target fill up, so that every rank runs the same number of batches. A limited evaluation takes rows that are
+    spread evenly over the text, the same for any number of ranks that reads as many rows in all.
 
     Args:
         read: (start, stop) -> token ids of that stretch of the validation text.
@@ -229,14 +230,21 @@ class ValidBatches:
 
     def __len__(self) -> int:
         """Batches of each rank."""
-        rows = -(-self.num_tokens // self.sequence_length)
-        return -(-rows // (self.micro_batch_size * self.world))
+        return -(-self.num_rows // (self.micro_batch_size * self.world))
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the whole text, the last one perhaps short."""
+        return -(-self.num_tokens // self.sequence_length)
 
     def __call__(self, limit: int | None = None) -> Iterator[Batch]:
-        """Read the split from its start; at most `limit` batches per rank."""
-        for index in range(len(self) if limit is None else min(limit, len(self))):
+        """Read the split; at most `limit` batches per rank."""
+        batches = len(self) if limit is None else min(limit, len(self))
+        taken = min(batches * self.world * self.micro_batch_size, self.num_rows)
+        for index in range(batches):
             first = (index * self.world + self.rank) * self.micro_batch_size
-            yield self._make([self._row(row) for row in range(first, first + self.micro_batch_size)])
+            places = range(first, first + self.micro_batch_size)
+            yield self._make([self._row(place * self.num_rows // taken) for place in places])
 
     def _row(self, row: int) -> Row:
         tokens = np.zeros(self.sequence_length, dtype=np.int64)

@@ -85,7 +85,8 @@ def corpora(path: Any) -> list[tuple[str, float | None]]:
     entries = _entries(path)
     if not entries or not all(isinstance(name, str) and name for name, _ in entries):
         raise ConfigError(
-            f"data.path={path!r} names no corpus, allowed: a path, a list of paths, or a list of {{path, weight}}"
+            f"data.path={'null' if path is None else repr(path)} names no corpus, allowed: a path, a list of paths, or "
+            "a list of {path, weight}"
         )
     if all(weight is None for _, weight in entries):
         return [(name, None) for name, _ in entries]

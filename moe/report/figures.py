@@ -47,22 +47,26 @@ def draw_loss(history: RunHistory) -> Figure | None:
         axes.plot(steps, bits, color=SKY, linewidth=0.8, alpha=0.55, label="training")
         axes.plot(steps, smooth(bits), color=BLUE, linewidth=1.8, label="training, smoothed")
     if history.valid:
-        points = [(line["step"], line["bits_per_byte"]) for line in history.valid]
-        axes.plot(*zip(*points), color=RED, marker="o", markersize=4.5, linewidth=1.8, label="validation")
-        axes.annotate(
-            f"{points[-1][1]:.3f}",
-            points[-1],
-            xytext=(0, -14),
-            textcoords="offset points",
-            ha="right",
-            color=RED,
-            fontweight="bold",
-        )
+        _draw_validation(axes, history)
     _draw_baselines(axes, history.summary.get("baselines") or {})
     _finish(axes, "Cross-entropy on training and validation text", "bits per byte")
     axes.set_xlim(left=0)
-    axes.legend(loc="upper right", frameon=False)
+    axes.legend(loc="upper right", framealpha=1.0, edgecolor="white")
     return figure
+
+
+def _draw_validation(axes: Axes, history: RunHistory) -> None:
+    """The curve of evaluations on one and the same text, and the last one apart if it was on more."""
+    curve, last = history.comparable, history.valid[-1]
+    points = [(line["step"], line["bits_per_byte"]) for line in curve]
+    axes.plot(
+        *zip(*points), color=RED, marker="o", markersize=4.5, linewidth=1.8, label=f"validation: {points[-1][1]:.3f}"
+    )
+    if last is not curve[-1]:
+        label = f"whole validation text: {last['bits_per_byte']:.3f}"
+        axes.plot(
+            last["step"], last["bits_per_byte"], color="black", marker="*", markersize=11, linestyle="", label=label
+        )
 
 
 def _draw_baselines(axes: Axes, baselines: dict[str, float]) -> None:

@@ -39,6 +39,11 @@ class RunHistory:
     environment: dict[str, Any] = field(default_factory=dict)
     config: str = ""
 
+    @property
+    def comparable(self) -> list[dict[str, Any]]:
+        """Evaluations on the same text as the first one: a run's last evaluation may be on more of it."""
+        return [line for line in self.valid if line.get("valid_tokens") == self.valid[0].get("valid_tokens")]
+
     def column(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         """Steps and values of a figure of the train lines, where it was finite."""
         points = [(line["step"], line[name]) for line in self.train if line.get(name) is not None]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
@@ -71,7 +72,7 @@ class Plain(Silent):
 
     def __init__(self, total_steps: int) -> None:
         self.total_steps = total_steps
-        self._best: float | None = None
+        self._best: dict[int, float] = {}  # by size of the text that was measured
 
     def header(self, rows: Rows) -> None:
         width = max(len(name) for name, _ in rows)
@@ -81,8 +82,9 @@ class Plain(Silent):
     def update(self, record: Record) -> None:
         position = f"step {record['step']:>{len(str(self.total_steps))}}/{self.total_steps}"
         if "valid_loss" in record:
-            is_best = self._best is None or record["valid_loss"] < self._best
-            self._best = record["valid_loss"] if is_best else self._best
+            text = record["valid_tokens"]
+            is_best = record["valid_loss"] < self._best.get(text, math.inf)
+            self._best[text] = min(record["valid_loss"], self._best.get(text, math.inf))
             self.message(f"{position} | {_evaluation(record)}{' | best' if is_best else ''}")
         else:
             cells = [f"{name} {text}".strip() for name, text in figures(record, self.total_steps)]
@@ -148,7 +150,9 @@ class Live(Silent):
         cells = [Text.assemble((f"{name} " if name else "", "dim"), (text, "bold")) for name, text in self._figures]
         rows: list[RenderableType] = [self._bar, Columns(cells, padding=(0, 3), equal=True)]
         if self._evaluations:
-            latest, best = self._evaluations[-1], min(self._evaluations, key=lambda record: record["valid_loss"])
+            latest = self._evaluations[-1]
+            alike = [record for record in self._evaluations if record["valid_tokens"] == latest["valid_tokens"]]
+            best = min(alike, key=lambda record: record["valid_loss"])
             rows.append(Text(f"step {latest['step']}: {_evaluation(latest)}", style="green"))
             if best is not latest:
                 rows.append(Text(f"best at step {best['step']}: {_evaluation(best)}", style="dim"))
@@ -193,5 +197,5 @@ def quantity(number: float) -> str:
 def _evaluation(record: Record) -> str:
     return (
         f"validation loss {record['valid_loss']:.4f} | perplexity {record['perplexity']:.2f} | "
-        f"{record['bits_per_byte']:.4f} bits/byte"
+        f"{record['bits_per_byte']:.4f} bits/byte on {quantity(record['valid_tokens'])} tokens"
     )

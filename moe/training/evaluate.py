@@ -35,8 +35,13 @@ class Evaluation:
         return math.exp(min(self.loss, 700.0))
 
     def record(self) -> dict[str, float]:
-        """The evaluation as a line of metrics.jsonl."""
-        return {"valid_loss": self.loss, "perplexity": self.perplexity, "bits_per_byte": self.bits_per_byte}
+        """The evaluation as a line of metrics.jsonl; `valid_tokens` tells which lines may be compared."""
+        return {
+            "valid_loss": self.loss,
+            "perplexity": self.perplexity,
+            "bits_per_byte": self.bits_per_byte,
+            "valid_tokens": self.tokens,
+        }
 
 
 @torch.no_grad()

@@ -55,6 +55,7 @@ class Loop:
     def __post_init__(self) -> None:
         self.guard = StepGuard(self.settings.max_skipped_steps, self.progress.skipped, self.progress.skipped_in_a_row)
         self.last_evaluation: Evaluation | None = None
+        self._judged: tuple[int, float] | None = None  # step and loss by which checkpoints are compared
         self._saved_step = self.progress.step  # a resumed run has its checkpoint, a new one has nothing to save
 
     def run(self) -> bool:
@@ -71,13 +72,17 @@ class Loop:
                 self._evaluate_if_due()
                 if _due(progress.step, self.settings.checkpoint_every) and progress.step < steps:
                     self._save()
-            self.evaluate(None)
+            self._evaluate_at_end()
             self._save()
             self.checkpointer.wait()
         return True
 
-    def evaluate(self, limit: int | None) -> Evaluation:
-        """Evaluate on the validation split (or `limit` micro-batches of it per rank) and log the figures."""
+    def evaluate(self, limit: int | None, judge: bool = True) -> Evaluation:
+        """Evaluate on the validation split (or `limit` micro-batches of it per rank) and log the figures.
+
+        Args:
+            judge: whether the loss counts in choosing the best checkpoint; all that count are of the same text.
+        """
         evaluation = evaluate(
             self.engine.model,
             self.valid_batches(limit),
@@ -86,9 +91,10 @@ class Loop:
             forward_context=self.engine.evaluation_context,
         )
         self.last_evaluation, self.progress.evaluated_step = evaluation, self.progress.step
-        best = self.progress.best_valid_loss
-        if best is None or evaluation.loss < best:
-            self.progress.best_valid_loss = evaluation.loss
+        if judge:
+            best = self.progress.best_valid_loss
+            self.progress.best_valid_loss = evaluation.loss if best is None else min(best, evaluation.loss)
+            self._judged = self.progress.step, evaluation.loss
         self._log({"step": self.progress.step, **evaluation.record()})
         self.meter.pause()
         return evaluation
@@ -97,8 +103,21 @@ class Loop:
         step = self.progress.step
         is_new = self.progress.evaluated_step != step and 0 < step < self.settings.steps
         if is_new and _due(step, self.settings.eval_every):
-            limit = self.settings.eval_batches
-            self.evaluate(None if limit is None else limit * self.batches.micro_batches)
+            self.evaluate(self._limit)
+
+    def _evaluate_at_end(self) -> None:
+        """Once more as during the run, to be compared with it, and on the whole validation text."""
+        if self.settings.eval_every and self._limit is not None:
+            self.evaluate(self._limit)
+            self.evaluate(None, judge=False)
+        else:
+            self.evaluate(None)
+
+    @property
+    def _limit(self) -> int | None:
+        """Micro-batches per rank of an evaluation during the run."""
+        batches = self.settings.eval_batches
+        return None if batches is None else batches * self.batches.micro_batches
 
     def _step(self, stop_requested: bool) -> bool:
         """One optimizer step; returns whether any rank was asked to stop."""
@@ -205,7 +224,7 @@ class Loop:
             "evaluation": evaluation.record() if evaluation else None,
             "finished": step == self.settings.steps,
         }
-        metric = evaluation.loss if evaluation else None
+        metric = self._judged[1] if self._judged is not None and self._judged[0] == step else None
         self.checkpointer.save(step, self.engine.state_dict(), meta, metric=metric)
         self._saved_step = step
         self.meter.pause()

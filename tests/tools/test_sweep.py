@@ -12,6 +12,7 @@ import pytest
 from scatterfold.tools.sweep_figure import save_figure
 from scatterfold.tools.sweep_results import read_sweep, varied_keys
 from scatterfold.tools.trial import FAILED, FINISHED, Trial
+from scatterfold.tools.trials import _shares
 
 QUICK = ("trainer.steps=2", "trainer.checkpoint_every=0", "logger.display=none")
 
@@ -179,3 +180,16 @@ def test_a_folder_may_be_named_after_the_overrides(scatterfold, tmp_path, tiny, 
         "router.top_k=2",
         "multirun.yaml",
     }
+
+
+@pytest.mark.parametrize(
+    ("gpus", "shares"), [(0, {"OMP_NUM_THREADS": "4"}), (4, {"CUDA_VISIBLE_DEVICES": "0,2"}), (1, {})]
+)
+def test_trials_side_by_side_share_the_machine(monkeypatch, gpus, shares):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
+    monkeypatch.setattr("scatterfold.parallel.process.usable_cores", lambda: 8)
+    assert _shares(1) == [{}]
+    assert len(_shares(2)) == 2
+    assert _shares(2)[0] == shares

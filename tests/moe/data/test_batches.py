@@ -106,9 +106,12 @@ def test_validation_reads_every_token_once_whatever_the_world(tokens, length, mi
     assert {tuple(batch.tokens.shape) for batch in everything} == {(micro, length)}
 
 
-def test_a_limited_evaluation_reads_the_start():
-    text = np.arange(40) % 9
-    valid = ValidBatches(lambda start, stop: text[start:stop], 40, 4, 2, maker())
+def test_a_limited_evaluation_is_spread_over_the_text():
+    text = np.arange(64) % 9
+    valid = ValidBatches(lambda start, stop: text[start:stop], 64, 4, 2, maker())
     whole, some = list(valid(None)), list(valid(2))
-    assert len(whole) == len(valid) == 5 and len(some) == 2 and len(list(valid(99))) == 5
-    assert all(torch.equal(a.labels, b.labels) for a, b in zip(whole, some))
+    assert len(whole) == len(valid) == 8 and len(some) == 2 and len(list(valid(99))) == 8
+    rows = torch.cat([batch.labels for batch in whole])
+    assert torch.equal(torch.cat([batch.labels for batch in some]), rows[[0, 4, 8, 12]])
+    ranks = [list(ValidBatches(valid._read, 64, 4, 1, maker(), rank, 2)(2)) for rank in (0, 1)]
+    assert torch.equal(torch.cat([ranks[i % 2][i // 2].labels for i in range(4)]), rows[[0, 4, 8, 12]])

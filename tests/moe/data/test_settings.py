@@ -24,7 +24,7 @@ def test_ways_to_name_corpora():
 @pytest.mark.parametrize(
     ("path", "message"),
     [
-        (None, "data.path=None names no corpus"),
+        (None, "data.path=null names no corpus"),
         ([], "names no corpus"),
         ("", "names no corpus"),
         ([3], "names no corpus"),

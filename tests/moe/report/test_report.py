@@ -30,7 +30,9 @@ def write_run(folder, layers=3, experts=4, steps=40):
                 record = {"step": step, "layers": [{"layer": i, "load": load} for i in range(layers)]}
                 loads.write(json.dumps(record) + "\n")
             metrics.write(json.dumps(line) + "\n")
-        metrics.write(json.dumps({"step": steps, "valid_loss": 1.5, "perplexity": 4.5, "bits_per_byte": 2.1}) + "\n")
+        for step, bits, tokens in ((steps // 2, 2.6, 100), (steps, 2.2, 100), (steps, 2.1, 900)):
+            line = {"step": step, "valid_loss": 1.5, "perplexity": 4.5, "bits_per_byte": bits, "valid_tokens": tokens}
+            metrics.write(json.dumps(line) + "\n")
         metrics.write('{"step": 41, "lo')  # a kill cut it short
     if not layers:
         (folder / "experts.jsonl").unlink()
@@ -65,6 +67,16 @@ def test_the_page_holds_its_pictures_and_figures(tmp_path):
     assert "byte trigram" in page
     assert "&lt;of&gt;" in page
     assert "name: &lt;b&gt;" in page
+
+
+def test_evaluations_on_different_texts_do_not_share_a_curve(tmp_path):
+    write_run(tmp_path)
+    history = read_history(tmp_path)
+    assert [line["bits_per_byte"] for line in history.comparable] == [2.6, 2.2]
+    (axes,) = draw_loss(history).axes
+    drawn = {line.get_label(): list(line.get_ydata()) for line in axes.get_lines()}
+    assert drawn["validation: 2.200"] == [2.6, 2.2]
+    assert drawn["whole validation text: 2.100"] == [2.1]
 
 
 def test_a_dense_model_has_no_expert_pictures(tmp_path):

@@ -17,7 +17,7 @@ TRAIN = {
     "experts/max_violation": 0.25,
     "experts/dropped_fraction": 0.0,
 }
-VALID = {"step": 10, "valid_loss": 2.25, "perplexity": 9.49, "bits_per_byte": 3.25}
+VALID = {"step": 10, "valid_loss": 2.25, "perplexity": 9.49, "bits_per_byte": 3.25, "valid_tokens": 500}
 
 
 def test_a_plain_line_says_all_and_leaves_out_what_is_not_there(capsys):
@@ -40,7 +40,7 @@ def test_plain_evaluations_say_when_they_are_the_best(capsys):
     for loss in (2.25, 2.0, 2.1):
         display.update({**VALID, "valid_loss": loss})
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "step  10/100 | validation loss 2.2500 | perplexity 9.49 | 3.2500 bits/byte | best"
+    assert lines[0] == "step  10/100 | validation loss 2.2500 | perplexity 9.49 | 3.2500 bits/byte on 500 tokens | best"
     assert [line.endswith("best") for line in lines] == [True, True, False]
 
 
