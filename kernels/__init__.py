@@ -1,9 +1,12 @@
 """Functions on tensors: routing tables, expert MLPs, activations, attention. No process group, no nn.Module."""
 
 from .activations import ACTIVATIONS, activate, is_gated
+from .backends import BACKENDS, choose_backend
 from .errors import CheckpointError, ConfigError, DataError, InputError
-from .moe_mlp import BACKENDS, moe_mlp
+from .grouped_mm import grouped_mm
+from .moe_mlp import moe_mlp
 from .routing import Routing
+from .scatter2scatter import scatter2scatter
 
 __all__ = [
     "ACTIVATIONS",
@@ -14,6 +17,9 @@ __all__ = [
     "InputError",
     "Routing",
     "activate",
+    "choose_backend",
+    "grouped_mm",
     "is_gated",
     "moe_mlp",
+    "scatter2scatter",
 ]

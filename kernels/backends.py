@@ -15,6 +15,9 @@ from .errors import ConfigError
 from .reference import moe_mlp_reference
 from .torch_backend import fits_grouped_mm, moe_mlp_torch
 
+# Whether tests/gpu has passed on a device. Until it has, the fused kernels run where they are asked for by name only.
+TRITON_IS_PROVEN = False
+
 VARIABLE = "SCATTERFOLD_BACKEND"  # forces a backend wherever none is named in the config
 
 
@@ -53,6 +56,8 @@ def choose_backend(device: torch.device, dtype: torch.dtype, width: int, expert_
     if device.type != "cuda":
         return Choice("cpu", f"one GEMM per expert is the fastest on {device.type}")
     refused = _triton_refuses(device, dtype)
+    if refused is None and not TRITON_IS_PROVEN:
+        refused = "the fused kernels have not been tested on a GPU yet (experts.backend=triton tries them)"
     if refused is None:
         return Choice("triton", "fused kernels")
     if fits_grouped_mm(dtype, width, expert_width):

@@ -6,12 +6,9 @@ import torch
 from torch import Tensor
 
 from .activations import check_activation, is_gated
-from .cpu import moe_mlp_cpu
+from .backends import BACKENDS, check_serves, choose_backend
 from .errors import ConfigError
-from .reference import moe_mlp_reference
 from .routing import Routing
-
-BACKENDS = {"cpu": moe_mlp_cpu, "reference": moe_mlp_reference}
 
 
 def moe_mlp(
@@ -36,13 +33,15 @@ def moe_mlp(
         backend: one of `kernels.BACKENDS`; None for the fastest that runs here.
 
     Returns: (T, D); rows that no expert takes are zero.
-    Raises: ConfigError for an unknown name or shapes that do not fit.
+    Raises: ConfigError for an unknown name, a backend that cannot run here, or shapes that do not fit.
     """
     _check(x, w_in, w_out, routing, activation)
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, w_in, w_out = x.to(dtype), w_in.to(dtype), w_out.to(dtype)
-    run = BACKENDS[check_backend(backend) or "cpu"]
+    name = check_backend(backend) or choose_backend(x.device, x.dtype, *w_out.shape[1:]).backend
+    check_serves(name, x)
+    run = BACKENDS[name]
     with torch.autocast(x.device.type, enabled=False):
         return run(x, w_in, w_out, routing, activation)
 

@@ -196,7 +196,7 @@ def test_a_killed_run_goes_on_to_the_very_same_bits(make, tmp_path, finished):
     assert resumed.returncode == 0, resumed.stderr
     assert "result True 8" in resumed.stdout
     assert_same_run(run_dir, finished(make))
-    assert max(Counter((line["step"], "loss" in line) for line in metrics(run_dir)).values()) == 1
+    assert max(Counter((line["step"], line.get("valid_tokens")) for line in metrics(run_dir)).values()) == 1
 
 
 def test_a_run_that_was_told_to_stop_saves_leaves_with_0_and_goes_on(make, tmp_path, finished):

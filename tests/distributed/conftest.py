@@ -1,6 +1,8 @@
 """Real processes over gloo, started as torchrun starts them."""
 
+import contextlib
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -14,9 +16,17 @@ Start = Callable[..., None]
 
 
 def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
+    """A port that nobody listens on, below those that outgoing connections of other tests may take until it is used."""
+    while True:
+        port = random.SystemRandom().randrange(10_000, 30_000)
+        with socket.socket() as listener, contextlib.suppress(OSError):
+            listener.bind(("127.0.0.1", port))
+            return port
+
+
+@pytest.fixture(scope="session")
+def choose_port() -> Callable[[], int]:
+    return free_port
 
 
 def rank_environment(rank: int, world: int, port: int) -> dict[str, str]:

@@ -2,7 +2,6 @@
 
 import copy
 import json
-import socket
 import subprocess
 import sys
 
@@ -39,20 +38,22 @@ main()
 """
 
 
-def torchrun(folder, *jobs):
-    """Train (config, run_dir, action) one after the other in one launch; rank 1 gets the signal `action` in step 5."""
-    (folder / "worker.py").write_text(WORKER)
-    listed = [[config, str(run_dir), action, free_port()] for config, run_dir, action in jobs]
-    (folder / "jobs.json").write_text(json.dumps(listed))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += [str(folder / "worker.py"), str(folder / "jobs.json")]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+@pytest.fixture(scope="module")
+def torchrun(choose_port):
+    """`torchrun(folder, (config, run_dir, action), …)`: train one after the other in one launch over two processes.
 
+    Rank 1 gets the signal `action` in step 5.
+    """
 
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    def run(folder, *jobs):
+        (folder / "worker.py").write_text(WORKER)
+        listed = [[config, str(run_dir), action, choose_port()] for config, run_dir, action in jobs]
+        (folder / "jobs.json").write_text(json.dumps(listed))
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+        command += [str(folder / "worker.py"), str(folder / "jobs.json")]
+        return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+    return run
 
 
 def results(run_dir):
@@ -138,7 +139,7 @@ def sharded(config):
 
 
 @pytest.fixture(scope="module")
-def runs(config, sharded, tmp_path_factory):
+def runs(torchrun, config, sharded, tmp_path_factory):
     """One process; two copies (DDP); two shards (FSDP2); and two copies of which one is told to stop."""
     folder = tmp_path_factory.mktemp("runs")
     train(config, folder / "alone")
@@ -166,7 +167,7 @@ def test_when_one_rank_is_told_to_stop_all_save_and_stop(runs, config):
     assert (runs / "stopped" / "checkpoints" / "step-7").exists()
 
 
-def test_killed_runs_of_two_processes_go_on_to_the_very_same_bits(runs, config, sharded, tmp_path):
+def test_killed_runs_of_two_processes_go_on_to_the_very_same_bits(torchrun, runs, config, sharded, tmp_path):
     killed = torchrun(tmp_path, (sharded, tmp_path / "killed", "SIGKILL"))
     assert killed.returncode != 0
     assert [path.name for path in (tmp_path / "killed" / "checkpoints").glob("step-*")] == ["step-4"]

@@ -14,6 +14,7 @@ def hopper(monkeypatch):
     monkeypatch.delenv(backends.VARIABLE, raising=False)
     monkeypatch.setattr(backends, "_capability", lambda device: (9, 0))
     monkeypatch.setattr(backends, "HAS_TRITON", True)
+    monkeypatch.setattr(backends, "TRITON_IS_PROVEN", True)
 
 
 def test_cpu_takes_one_gemm_per_expert():
@@ -35,6 +36,12 @@ def test_without_triton_grouped_mm_where_it_fits(width, backend, monkeypatch):
     monkeypatch.setattr(backends, "HAS_TRITON", False)
     choice = choose_backend(CUDA, torch.bfloat16, width, 256)
     assert choice.backend == backend and "triton is not installed" in choice.why
+
+
+def test_kernels_that_no_gpu_has_run_are_not_chosen_unasked(monkeypatch):
+    monkeypatch.setattr(backends, "TRITON_IS_PROVEN", False)
+    choice = choose_backend(CUDA, torch.bfloat16, 512, 256)
+    assert choice.backend == "torch" and "experts.backend=triton" in choice.why
 
 
 def test_old_devices_are_told_why(monkeypatch):

@@ -95,7 +95,8 @@ def test_the_loss_picture_shows_both_curves_and_the_baselines(tmp_path):
     write_run(tmp_path)
     axes = draw_loss(read_history(tmp_path)).axes[0]
     labels = [text.get_text() for text in axes.get_legend().get_texts()]
-    assert labels[-4:] == ["validation", "byte unigram: 4.800", "byte trigram: 2.900", "gzip -9: 2.400"]
+    assert labels[-5:-3] == ["validation: 2.200", "whole validation text: 2.100"]
+    assert labels[-3:] == ["byte unigram: 4.800", "byte trigram: 2.900", "gzip -9: 2.400"]
     assert axes.get_ylabel() == "bits per byte"
 
 
