@@ -16,7 +16,7 @@ BIN := .venv/bin
 
 demo: .venv/installed
 	$(BIN)/scatterfold train experiment=demo run_dir=$(RUN)
-	$(BIN)/scatterfold sample source=$(RUN) prompt="def " max_tokens=400 temperature=0.7
+	$(BIN)/scatterfold sample source=$(RUN) prompt="def " max_tokens=300 temperature=0.5 top_p=0.9
 
 test: .venv/installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile

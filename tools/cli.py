@@ -46,7 +46,7 @@ Each command explains itself: scatterfold COMMAND --help
 
 Example:
   scatterfold train experiment=demo run_dir=runs/demo
-  scatterfold sample source=runs/demo prompt="def " max_tokens=400 temperature=0.7"""
+  scatterfold sample source=runs/demo prompt="def " max_tokens=300 temperature=0.5 top_p=0.9"""
 
 
 if __name__ == "__main__":
