@@ -188,6 +188,7 @@ def test_ctrl_c_leaves_with_130_and_one_line(tmp_path, tiny):
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background job's children ignore it
     )
     assert process.stdout is not None
     for line in process.stdout:
