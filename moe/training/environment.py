@@ -24,7 +24,8 @@ def describe_environment(device: torch.device, world: int) -> dict[str, Any]:
         "command": sys.argv,
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "packages": {name: version for name in PACKAGES if (version := _version(name))},
+        "packages": {name: version for name in PACKAGES if (version := _version(name))}
+        | {"torch": torch.__version__},  # it alone says which CUDA the build is for
         "device": device_name(device),
         "processes": world,
         "cpus": os.cpu_count(),
