@@ -10,9 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from .arguments import argument, parse, usage, wants_help
-from .close_match import did_you_mean
-from .errors import guarded
+from .arguments import argument
+from .subcommands import run_subcommand
 
 if TYPE_CHECKING:
     from ..moe.data.prepare import PrepareReceipt
@@ -51,23 +50,7 @@ class Prepare:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    if not words or words[0] in ("--help", "-h", "help"):
-        print(HELP)
-        return 0
-    return guarded(lambda: _choose(words))
-
-
-def _choose(words: list[str]) -> int:
-    command, arguments = words[0], words[1:]
-    if command != "prepare":
-        from ..kernels.errors import ConfigError
-
-        raise ConfigError(f"data {command} is no command{did_you_mean(command, ['prepare'])}, allowed: prepare")
-    if wants_help(arguments):
-        print(usage(Prepare))
-        return 0
-    return _prepare(parse(Prepare, arguments))
+    return run_subcommand("data", HELP, {"prepare": (Prepare, _prepare)}, argv)
 
 
 def _prepare(settings: Prepare) -> int:

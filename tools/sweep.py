@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from .arguments import argument, parse, usage, wants_help
-from .close_match import did_you_mean
-from .errors import guarded
+from .arguments import argument
+from .subcommands import run_subcommand
 
 HELP = """Look at a sweep that scatterfold train -m has run.
 
@@ -33,23 +32,7 @@ class Report:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    if not words or words[0] in ("--help", "-h", "help"):
-        print(HELP)
-        return 0
-    return guarded(lambda: _choose(words))
-
-
-def _choose(words: list[str]) -> int:
-    command, arguments = words[0], words[1:]
-    if command != "report":
-        from ..kernels.errors import ConfigError
-
-        raise ConfigError(f"sweep {command} is no command{did_you_mean(command, ['report'])}, allowed: report")
-    if wants_help(arguments):
-        print(usage(Report))
-        return 0
-    return _report(parse(Report, arguments))
+    return run_subcommand("sweep", HELP, {"report": (Report, _report)}, argv)
 
 
 def _report(settings: Report) -> int:

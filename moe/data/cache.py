@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ...kernels.errors import DataError
+from ...parallel.disk import write_whole
 
 
 class WriteError(DataError):
@@ -63,22 +64,6 @@ def digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def flush(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def write_json(path: Path, value: Any) -> None:
     """Write a file that is either absent or whole under its name."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_text(json.dumps(value, indent=1) + "\n")
-        flush(temporary)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    flush(path.parent)
+    write_whole(path, lambda temporary: temporary.write_text(json.dumps(value, indent=1) + "\n"))

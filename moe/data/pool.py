@@ -29,6 +29,7 @@ def light(program: str) -> str:
     packages = {
         root: folder.parents[1],
         f"{root}.kernels": folder.parents[1] / "kernels",
+        f"{root}.parallel": folder.parents[1] / "parallel",
         f"{root}.moe": folder.parent,
         f"{root}.moe.data": folder,
     }

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from ...kernels.errors import ConfigError, DataError
-from .cache import WriteError, digest, flush, locked, write_json, writing
+from ...parallel.disk import flush
+from .cache import WriteError, digest, locked, write_json, writing
 from .sources import Piece, SourceFile, cut, find_files
 from .tokenizer import Tokenizer, open_tokenizer
 from .worker import Shard, cost_of, token_type, tokenize_shard

@@ -11,14 +11,15 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
 from ...kernels.errors import DataError
-from .cache import WriteError, flush, writing
+from ...parallel.disk import flush
+from .cache import WriteError, writing
 from .sources import Document, Piece, SourceFile, read_documents
 from .tokenizer import Tokenizer, tokenizer_from
 
@@ -117,10 +118,6 @@ def cost_of(piece: Piece) -> int:
     if piece.file.kind == "jsonl" and piece.stop is not None:
         return piece.stop - piece.start
     return piece.file.size if piece.start == 0 else 0  # a parquet file counts with its first piece
-
-
-def shard_to_json(shard: Shard) -> dict[str, Any]:
-    return asdict(shard)
 
 
 def shard_from_json(value: dict[str, Any]) -> Shard:

@@ -23,6 +23,7 @@ from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from ...kernels.errors import CheckpointError
+from ..disk import flush
 from ..process import Process, broadcast, together
 from .read import FORMAT, META, checkpoints, checksum, first_failure
 
@@ -152,7 +153,7 @@ class Checkpointer:
             json.dump({**meta, "written_at": time.time()}, stream, indent=1)
             stream.flush()
             os.fsync(stream.fileno())
-        _sync_folder(hidden)
+        flush(hidden)
         final = self.folder / f"step-{step}"
         earlier = _hide(final) if final.exists() else None  # the step was run again, from an older checkpoint
         try:
@@ -161,7 +162,7 @@ class Checkpointer:
             if earlier is not None:
                 os.rename(earlier, final)
             raise
-        _sync_folder(self.folder)
+        flush(self.folder)
         if earlier is not None:
             shutil.rmtree(earlier, ignore_errors=True)
 
@@ -240,11 +241,3 @@ def _in_use(name: str) -> bool:
 
 def _finite(metric: float | None) -> float | None:
     return metric if metric is not None and math.isfinite(metric) else None
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

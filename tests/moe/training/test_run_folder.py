@@ -5,7 +5,8 @@ import pytest
 import yaml
 
 from scatterfold.kernels import ConfigError
-from scatterfold.moe.training.run_folder import RunFolder, read_lines, write_whole
+from scatterfold.moe.training.run_folder import RunFolder, read_lines
+from scatterfold.parallel.disk import write_whole
 
 
 def write(path, records, end=""):

@@ -1,0 +1,42 @@
+"""Commands that have commands of their own: `scatterfold data prepare`, `scatterfold sweep report`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from .arguments import parse, usage, wants_help
+from .close_match import did_you_mean
+from .errors import guarded
+
+
+def run_subcommand(
+    group: str, help: str, commands: Mapping[str, tuple[type, Callable[[Any], int]]], argv: Sequence[str] | None
+) -> int:
+    """Find the command in the first word, read its arguments and run it; returns the exit code.
+
+    Args:
+        group: the word before, for messages.
+        help: what to print where no command is given.
+        commands: by name, the dataclass of the arguments and what to do with them.
+        argv: None for those of this process.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] in ("--help", "-h", "help"):
+        print(help)
+        return 0
+    return guarded(lambda: _choose(group, commands, words))
+
+
+def _choose(group: str, commands: Mapping[str, tuple[type, Callable[[Any], int]]], words: list[str]) -> int:
+    name, arguments = words[0], words[1:]
+    if name not in commands:
+        from ..kernels.errors import ConfigError
+
+        raise ConfigError(f"{group} {name} is no command{did_you_mean(name, commands)}, allowed: {', '.join(commands)}")
+    settings, run = commands[name]
+    if wants_help(arguments):
+        print(usage(settings))
+        return 0
+    return run(parse(settings, arguments))
