@@ -20,6 +20,7 @@ SWEEP = [
     "hydra-submitit-launcher>=1.2,<1.4",
 ]
 TENSORBOARD = ["tensorboard>=2.15"]
+QUACK = ["quack-kernels>=0.6.5,<0.7"]  # kernels/quack_backend.py is written against 0.6.5
 DATA = ["pyarrow>=15", "zstandard>=0.22"]
 DEV = [
     "pytest>=8",
@@ -64,6 +65,7 @@ setup(
         "sweep": SWEEP,
         "tensorboard": TENSORBOARD,
         "data": DATA,
+        "quack": QUACK,
         "dev": [*DEV, *HF[:1], *TENSORBOARD, *DATA],
         "all": [*DEEPSPEED, *HF, *SWEEP, *TENSORBOARD, *DATA],
     },

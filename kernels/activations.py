@@ -30,12 +30,16 @@ def is_gated(name: str) -> bool:
     return name in GATED
 
 
-def activate(name: str, h: Tensor) -> Tensor:
-    """Apply an activation, differentiable by autograd: (..., 2F) or (..., F) -> (..., F)."""
-    if is_gated(name):
-        gate, up = h.chunk(2, dim=-1)
-        return _FORWARD[GATED[name]](gate) * up
-    return _FORWARD[name](h)
+def activate(name: str, h: Tensor, up: Tensor | None = None) -> Tensor:
+    """Apply an activation, differentiable by autograd: (..., 2F) or (..., F) -> (..., F).
+
+    Args:
+        up: the up half of a gated activation, where h is only the gate half.
+    """
+    if not is_gated(name):
+        return _FORWARD[name](h)
+    gate, up = h.chunk(2, dim=-1) if up is None else (h, up)
+    return _FORWARD[GATED[name]](gate) * up
 
 
 def activate_out(name: str, h: Tensor, out: Tensor, inner: Tensor) -> None:

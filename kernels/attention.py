@@ -232,6 +232,14 @@ def _varlen_serves(window: int | None) -> bool:
 
 def _varlen(q: Tensor, k: Tensor, v: Tensor, documents: Documents, window: int | None) -> Tensor:
     """(T, H, W), (T, G, W) -> (T, H, W). The row length bounds every document, so nothing waits for the device."""
+    cu_seqlens, longest = documents.cu_seqlens, documents.row_length
+    return _varlen_call(q, k, v, (cu_seqlens, cu_seqlens), (longest, longest), window)
+
+
+def _varlen_call(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: tuple[Tensor, Tensor], longest: tuple[int, int], window: int | None
+) -> Tensor:
+    """Where a document has fewer queries than keys, they are its last ones (FlashAttention from 2.1 on)."""
     options: dict[str, Any] = {}
     if "window_size" in _VARLEN_KEYWORDS:
         options["window_size"] = (-1 if window is None else window - 1, 0)
@@ -242,8 +250,7 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, documents: Documents, window: int |
             options["enable_gqa"] = True
         else:
             k, v = _repeat_heads(k, q.shape[1]), _repeat_heads(v, q.shape[1])
-    cu_seqlens, longest = documents.cu_seqlens, documents.row_length
-    return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest, **options)
+    return varlen_attn(q, k, v, *cu_seqlens, *longest, **options)
 
 
 @lru_cache(maxsize=1)

@@ -9,16 +9,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .availability import FLOATS, HAS_TRITON, interprets
+from . import availability, quack_backend
+from .availability import FLOATS, VARIABLE, triton_refuses
 from .cpu import moe_mlp_cpu
 from .errors import ConfigError
 from .reference import moe_mlp_reference
 from .torch_backend import fits_grouped_mm, moe_mlp_torch
-
-# Whether tests/gpu has passed on a device. Until it has, the fused kernels run where they are asked for by name only.
-TRITON_IS_PROVEN = False
-
-VARIABLE = "SCATTERFOLD_BACKEND"  # forces a backend wherever none is named in the config
 
 
 def _moe_mlp_triton(*args, **options) -> Tensor:
@@ -29,6 +25,7 @@ def _moe_mlp_triton(*args, **options) -> Tensor:
 
 BACKENDS: dict[str, Callable[..., Tensor]] = {
     "triton": _moe_mlp_triton,
+    "quack": quack_backend.moe_mlp_quack,
     "torch": moe_mlp_torch,
     "cpu": moe_mlp_cpu,
     "reference": moe_mlp_reference,
@@ -55,13 +52,17 @@ def choose_backend(device: torch.device, dtype: torch.dtype, width: int, expert_
         return Choice(forced, f"forced by {VARIABLE}")
     if device.type != "cuda":
         return Choice("cpu", f"one GEMM per expert is the fastest on {device.type}")
+    quack_serves = quack_backend.quack_refuses(device, dtype, width, expert_width) is None
+    if quack_serves and quack_backend.QUACK_IS_FASTER:
+        return Choice("quack", "fused kernels of quack-kernels")
+    note = "; quack-kernels is installed but not measured (experts.backend=quack tries it)" if quack_serves else ""
     refused = _triton_refuses(device, dtype)
-    if refused is None and not TRITON_IS_PROVEN:
+    if refused is None and not availability.TRITON_IS_PROVEN:
         refused = "the fused kernels have not been tested on a GPU yet (experts.backend=triton tries them)"
     if refused is None:
-        return Choice("triton", "fused kernels")
+        return Choice("triton", f"fused kernels{note}")
     if fits_grouped_mm(dtype, width, expert_width):
-        return Choice("torch", f"F.grouped_mm, because {refused}")
+        return Choice("torch", f"F.grouped_mm, because {refused}{note}")
     return Choice("cpu", f"one GEMM per expert, because {refused} and F.grouped_mm does not take this dtype and width")
 
 
@@ -69,23 +70,11 @@ def check_serves(backend: str, x: Tensor) -> None:
     """Raise ConfigError if this backend cannot run on a tensor like x."""
     if backend == "triton" and (refused := _triton_refuses(x.device, x.dtype)):
         raise ConfigError(f"experts.backend='triton' cannot run: {refused}")
+    if backend == "quack" and (refused := quack_backend.quack_refuses(x.device, x.dtype, x.shape[1])):
+        raise ConfigError(f"experts.backend='quack' cannot run: {refused}")
 
 
 def _triton_refuses(device: torch.device, dtype: torch.dtype) -> str | None:
     if dtype not in FLOATS:
         return f"the Triton kernels have no {str(dtype).removeprefix('torch.')}"
-    if not HAS_TRITON:
-        return "triton is not installed"
-    if interprets():
-        return None
-    if device.type != "cuda":
-        return f"the Triton kernels need a GPU, this is {device.type}"
-    capability = _capability(device)
-    if capability < (8, 0):
-        return f"the Triton kernels need compute capability 8.0, this device has {capability[0]}.{capability[1]}"
-    return None
-
-
-def _capability(device: torch.device) -> tuple[int, int]:
-    properties = torch.cuda.get_device_properties(device)  # a constant to torch.compile
-    return properties.major, properties.minor
+    return triton_refuses(device)

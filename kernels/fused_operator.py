@@ -12,23 +12,31 @@ import torch
 from torch import Tensor
 
 from .errors import ConfigError
+from .needed import needed_gradients
+from .operators import registered
 from .routing import Routing
 
 RECOMPUTE = ("none", "all")
+
+
+def check_recompute(name: str, field: str = "recompute") -> None:
+    """Raise ConfigError if there is no such way to save memory."""
+    if name not in RECOMPUTE:
+        raise ConfigError(f"{field}={name!r} is unknown, allowed: {', '.join(RECOMPUTE)}")
 
 
 def fused_operator(name: str, forward_pass: Callable, backward_pass: Callable) -> Callable[..., Tensor]:
     """A differentiable `f(x, w_in, w_out, routing, activation, b_in, b_out, recompute)` from two passes.
 
     Args:
-        name: of the operators, `scatterfold::{name}` and `scatterfold::{name}_backward`.
+        name: of the operators, `{name}` and `{name}_backward`.
         forward_pass: (x, w_in, w_out, b_in, b_out, weight, token, expert_offsets, assignment, token_offsets,
             activation, save_z) -> (out (T, D), z (N, 2F or F), or empty unless save_z).
         backward_pass: (grad, the ten tensors of forward_pass, z, activation, needs) -> gradients of the first six,
             as a list; those not in `needs` are empty. An empty z has to be computed again.
     """
-    forward = torch.library.custom_op(f"scatterfold::{name}", forward_pass, mutates_args=())
-    backward = torch.library.custom_op(f"scatterfold::{name}_backward", backward_pass, mutates_args=())
+    forward = registered(name)(forward_pass)
+    backward = registered(f"{name}_backward")(backward_pass)
 
     @forward.register_fake
     def _(x, w_in, w_out, b_in, b_out, weight, token, expert_offsets, assignment, token_offsets, activation, save_z):
@@ -49,7 +57,7 @@ def fused_operator(name: str, forward_pass: Callable, backward_pass: Callable) -
     def gradient(ctx, grad, _):
         if grad is None:
             return (None,) * 12
-        needs = list(ctx.needs_input_grad[:6])
+        needs = needed_gradients(ctx, 6)
         grads = backward(grad, *ctx.saved_tensors, ctx.activation, needs)
         return (*(g if need else None for g, need in zip(grads, needs)), *(None,) * 6)
 
@@ -65,8 +73,7 @@ def fused_operator(name: str, forward_pass: Callable, backward_pass: Callable) -
         b_out: Tensor | None = None,
         recompute: str = "none",
     ) -> Tensor:
-        if recompute not in RECOMPUTE:
-            raise ConfigError(f"recompute={recompute!r} is unknown, allowed: {', '.join(RECOMPUTE)}")
+        check_recompute(recompute)
         inputs = (x, w_in, w_out, b_in, b_out, routing.weight)
         trained = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
         tables = (routing.token, routing.expert_offsets, routing.assignment, routing.token_offsets)

@@ -8,9 +8,14 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import embedding_bag
 
-from .availability import FLOATS, runs_triton
+from .availability import runs_triton
 from .errors import ConfigError
+from .needed import needed_gradients
+from .operators import registered
+
+_PADDING_BAG = 64  # rows
 
 
 def grouped_mm(x: Tensor, w: Tensor, offsets: Tensor) -> Tensor:
@@ -40,10 +45,6 @@ def check(x: Tensor, w: Tensor, offsets: Tensor) -> None:
         raise ConfigError(f"offsets is {offsets.dtype} {tuple(offsets.shape)}, allowed: int32 {(w.shape[0] + 1,)}")
 
 
-def _on_triton(x: Tensor) -> bool:
-    return runs_triton(x) and x.dtype in FLOATS
-
-
 def _transposed(w: Tensor) -> tuple[Tensor, bool]:
     """w (E, O, D) with contiguous rows, or its transposed view if that has them, and whether it is transposed."""
     if w.stride(2) != 1 and w.stride(1) == 1:
@@ -51,7 +52,7 @@ def _transposed(w: Tensor) -> tuple[Tensor, bool]:
     return w, False
 
 
-@torch.library.custom_op("scatterfold::grouped_rows", mutates_args=())
+@registered("grouped_rows")
 def grouped_rows(
     x: Tensor,
     w: Tensor,
@@ -68,7 +69,7 @@ def grouped_rows(
     a token, must not name a row twice.
     """
     rows = x.shape[0] if x_index is None else x_index.numel()
-    if _on_triton(x) and rows:
+    if runs_triton(x) and rows:
         from .triton_backend.primitives import rows_forward
 
         return rows_forward(x, *_transposed(w), bias, x_index, y_index, offsets, rows)
@@ -88,12 +89,12 @@ def _(x, w, bias, x_index, y_index, offsets, assignment, token_offsets):
     return x.new_empty(x.shape[0] if x_index is None else x_index.shape[0], w.shape[1])
 
 
-@torch.library.custom_op("scatterfold::grouped_weight_grad", mutates_args=())
+@registered("grouped_weight_grad")
 def grouped_weight_grad(
     grad: Tensor, x: Tensor, y_index: Tensor | None, x_index: Tensor | None, offsets: Tensor
 ) -> Tensor:
     """Sum over the rows n of expert e of grad[y_index[n]] x[x_index[n]]^T: (E, O, D)."""
-    if _on_triton(x) and grad.shape[0]:
+    if runs_triton(x) and grad.shape[0]:
         from .triton_backend.primitives import weight_grad
 
         return weight_grad(grad, x, y_index, x_index, offsets)
@@ -110,10 +111,10 @@ def _(grad, x, y_index, x_index, offsets):
     return x.new_empty(offsets.shape[0] - 1, grad.shape[1], x.shape[1])
 
 
-@torch.library.custom_op("scatterfold::grouped_bias_grad", mutates_args=())
+@registered("grouped_bias_grad")
 def grouped_bias_grad(grad: Tensor, y_index: Tensor | None, offsets: Tensor) -> Tensor:
     """Sum over the rows n of expert e of grad[y_index[n]]: (E, O)."""
-    if _on_triton(grad) and grad.shape[0]:
+    if runs_triton(grad) and grad.shape[0]:
         from .triton_backend.primitives import bias_grad
 
         return bias_grad(grad, y_index, offsets)
@@ -129,21 +130,28 @@ def _(grad, y_index, offsets):
     return grad.new_empty(offsets.shape[0] - 1, grad.shape[1])
 
 
-@torch.library.custom_op("scatterfold::sum_by_token", mutates_args=())
+@registered("sum_by_token")
 def sum_by_token(y: Tensor, weight: Tensor | None, assignment: Tensor, token_offsets: Tensor) -> Tensor:
-    """out[t] = sum over the assignments n of token t of weight[n] * y[n], (T, D); accumulated in float32 at least."""
+    """out[t] = sum over the assignments n of token t of weight[n] * y[n], (T, D).
+
+    Accumulated in float32 at least, by bags of rows: no atomics, and no gathered copy of y.
+    """
     num_tokens = token_offsets.numel() - 1
-    if _on_triton(y) and y.numel() and num_tokens:
+    if runs_triton(y) and y.numel() and num_tokens:
         from .triton_backend.primitives import combine
 
         return combine(y, weight, assignment, token_offsets)
-    out = y.new_zeros(num_tokens, y.shape[1], dtype=torch.promote_types(y.dtype, torch.float32))
-    rows = assignment[: int(token_offsets[-1])]
-    token = torch.repeat_interleave(token_offsets.diff())
-    values = y.index_select(0, rows).to(out.dtype)
-    if weight is not None:
-        values *= weight.index_select(0, rows)[:, None]
-    return out.index_add_(0, token, values).to(y.dtype)
+    if not y.numel() or not num_tokens:
+        return y.new_zeros(num_tokens, y.shape[1])
+    # Padding may hold anything: it goes to bags of its own, short ones, since a bag is summed by one thread block.
+    rows = assignment.numel()
+    bound = torch.arange(0, rows + _PADDING_BAG, _PADDING_BAG, dtype=torch.int32, device=y.device)
+    bags = torch.cat([token_offsets, (token_offsets[-1] + bound[1:]).clamp_(max=rows)])
+    counts = torch.arange(rows, device=y.device) < token_offsets[-1]
+    index = torch.where(counts, assignment, 0)
+    scale = None if weight is None else torch.where(counts, weight[index], 0).to(y.dtype)
+    sums = embedding_bag(index, y, bags, mode="sum", per_sample_weights=scale, include_last_offset=True)
+    return sums[:num_tokens]
 
 
 @sum_by_token.register_fake
@@ -167,16 +175,17 @@ def _gradient(ctx, grad):
     x, w, bias, x_index, y_index, offsets, assignment, token_offsets = ctx.saved_tensors
     grad = grad.contiguous()
     grad_x = grad_w = grad_bias = None
-    if ctx.needs_input_grad[0]:
+    need_x, need_w, need_bias = needed_gradients(ctx, 3)
+    if need_x:
         by_token = assignment is not None
         grad_x = grouped_rows(
             grad, w.transpose(1, 2), None, y_index, None if by_token else x_index, offsets, None, None
         )  # fmt: skip
         if by_token:
             grad_x = sum_by_token(grad_x, None, assignment, token_offsets)
-    if ctx.needs_input_grad[1]:
+    if need_w:
         grad_w = grouped_weight_grad(grad, x, y_index, x_index, offsets)
-    if ctx.needs_input_grad[2]:
+    if need_bias:
         grad_bias = grouped_bias_grad(grad, y_index, offsets)
     return grad_x, grad_w, grad_bias, None, None, None, None, None
 

@@ -8,6 +8,7 @@ from torch import Tensor
 from .activations import check_activation, is_gated
 from .backends import BACKENDS, check_serves, choose_backend
 from .errors import ConfigError
+from .fused_operator import check_recompute
 from .routing import Routing
 
 
@@ -18,11 +19,15 @@ def moe_mlp(
     routing: Routing,
     activation: str = "swiglu",
     backend: str | None = None,
+    *,
+    b_in: Tensor | None = None,
+    b_out: Tensor | None = None,
+    recompute: str = "none",
 ) -> Tensor:
     """Run every token through its experts and sum the outputs by the combine weights.
 
-    No padding, and no permuted copy of the tokens is kept. Differentiable in x, w_in, w_out and routing.weight.
-    Under autocast, x and the weights are cast to the autocast dtype.
+    No padding, and no permuted copy of the tokens is kept. Differentiable in x, w_in, w_out, the biases and
+    routing.weight. Under autocast, x, the weights and the biases are cast to the autocast dtype.
 
     Args:
         x: (T, D).
@@ -31,19 +36,27 @@ def moe_mlp(
         routing: over T tokens and E experts, with any number of experts per token.
         activation: one of `kernels.ACTIVATIONS`.
         backend: one of `kernels.BACKENDS`; None for the fastest that runs here.
+        b_in: (E, 2F), gate part first, or (E, F); added before the activation. None for none.
+        b_out: (E, D), added to the expert's output before its combine weight. None for none.
+        recompute: what the backward pass computes again instead of keeping it: none; all, the pre-activation, which
+            leaves x and the routing tables to be kept.
 
     Returns: (T, D); rows that no expert takes are zero.
-    Raises: ConfigError for an unknown name, a backend that cannot run here, or shapes that do not fit.
+    Raises: ConfigError for an unknown name, a backend that cannot run here, or shapes or dtypes that do not fit.
     """
-    _check(x, w_in, w_out, routing, activation)
+    check_activation(activation)
+    check_recompute(recompute)
+    _check_shapes(x, w_in, w_out, routing, activation, b_in, b_out)
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, w_in, w_out = x.to(dtype), w_in.to(dtype), w_out.to(dtype)
+        b_in, b_out = (None if bias is None else bias.to(dtype) for bias in (b_in, b_out))
+    _check_dtypes(x, w_in, w_out, b_in, b_out)
     name = check_backend(backend) or choose_backend(x.device, x.dtype, *w_out.shape[1:]).backend
     check_serves(name, x)
     run = BACKENDS[name]
     with torch.autocast(x.device.type, enabled=False):
-        return run(x, w_in, w_out, routing, activation)
+        return run(x, w_in, w_out, routing, activation, b_in, b_out, recompute)
 
 
 def check_backend(name: str | None) -> str | None:
@@ -53,13 +66,31 @@ def check_backend(name: str | None) -> str | None:
     return name
 
 
-def _check(x: Tensor, w_in: Tensor, w_out: Tensor, routing: Routing, activation: str) -> None:
-    check_activation(activation)
+def _check_shapes(
+    x: Tensor,
+    w_in: Tensor,
+    w_out: Tensor,
+    routing: Routing,
+    activation: str,
+    b_in: Tensor | None,
+    b_out: Tensor | None,
+) -> None:
+    if w_out.dim() != 3:
+        raise ConfigError(f"w_out has shape {tuple(w_out.shape)}, allowed: (E, D, F)")
     num_experts, width, expert_width = w_out.shape
     rows = 2 * expert_width if is_gated(activation) else expert_width
     if tuple(w_in.shape) != (num_experts, rows, width):
         raise ConfigError(f"w_in has shape {tuple(w_in.shape)}, {activation} needs {(num_experts, rows, width)}")
+    for name, bias, needed in (("b_in", b_in, (num_experts, rows)), ("b_out", b_out, (num_experts, width))):
+        if bias is not None and tuple(bias.shape) != needed:
+            raise ConfigError(f"{name} has shape {tuple(bias.shape)}, w_in and w_out need {needed}")
     if tuple(x.shape) != (routing.num_tokens, width):
         raise ConfigError(f"x has shape {tuple(x.shape)}, routing and w_out need {(routing.num_tokens, width)}")
     if routing.num_experts != num_experts:
         raise ConfigError(f"routing is over {routing.num_experts} experts, the weights hold {num_experts}")
+
+
+def _check_dtypes(x: Tensor, w_in: Tensor, w_out: Tensor, b_in: Tensor | None, b_out: Tensor | None) -> None:
+    for name, t in (("w_in", w_in), ("w_out", w_out), ("b_in", b_in), ("b_out", b_out)):
+        if t is not None and t.dtype != x.dtype:
+            raise ConfigError(f"{name} is {t.dtype} and x {x.dtype}, allowed: the same dtype, or autocast")

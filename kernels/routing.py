@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from .availability import builds_tables
+
 
 @dataclass(frozen=True)
 class Routing:
@@ -14,6 +16,9 @@ class Routing:
 
     N may be an upper bound: only the first `expert_offsets[E]` assignments count, the rest is padding that no
     kernel reads. So a router whose true count is known only on the device needs no host synchronisation.
+
+    Where the Triton kernels serve the experts, they build the tables too: a counting sort in two launches for slots, a
+    count of bits in three for a list. Elsewhere torch sorts. Both give the same bits.
 
     Attributes:
         token: (N,) int32, token of each assignment; sorted by expert, stable by token.
@@ -57,6 +62,10 @@ class Routing:
             num_experts: E.
             keep: (T, K) bool, slots that count; None for all. Those that do not count become padding at the end.
         """
+        if builds_tables(experts.device):
+            from .triton_backend.routing import routing_tables  # imports triton
+
+            return cls._from_tables(weights.flatten(), *routing_tables(experts, num_experts, keep))
         num_tokens, top_k = experts.shape
         slots = experts if keep is None else torch.where(keep, experts, num_experts)
         # Slots lie in order of tokens, so one stable sort by expert is enough, and short keys are sorted faster.
@@ -95,6 +104,11 @@ class Routing:
             keep: (N,) bool, assignments that count; None for all. Those that do not count become padding at the
                 end, so that no device value has to be known by the host.
         """
+        if builds_tables(token.device):
+            from .triton_backend.listed_routing import listed_routing_tables  # imports triton
+
+            tables = listed_routing_tables(token, expert, num_tokens, num_experts, keep)
+            return cls._from_tables(weight, *tables)
         padding = num_experts * num_tokens
         key = expert.to(torch.int64) * num_tokens + token
         if keep is not None:
@@ -116,6 +130,19 @@ class Routing:
             assignment=by_token.to(torch.int32),
             token_offsets=_offsets(sorted_by_token, num_tokens),
         )
+
+    @classmethod
+    def _from_tables(
+        cls,
+        weight: Tensor,
+        token: Tensor,
+        order: Tensor,
+        expert_offsets: Tensor,
+        assignment: Tensor,
+        token_offsets: Tensor,
+    ) -> Routing:
+        """From tables that the device has built; `weight` in the order of the caller."""
+        return cls(token, _Permute.apply(weight, order), expert_offsets, assignment, token_offsets)
 
 
 def _narrow_int(largest: int) -> torch.dtype:

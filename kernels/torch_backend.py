@@ -38,7 +38,7 @@ def _weight_grad(grad: Tensor, x: Tensor, offsets: Tensor) -> Tensor:
     return grouped_weight_grad(grad, x, None, None, offsets)
 
 
-class _Tables:
+class RowTables:
     """Which assignments count, and their token and expert, 0 for those that do not."""
 
     def __init__(self, token: Tensor, expert_offsets: Tensor, num_experts: int):
@@ -63,7 +63,7 @@ def forward_pass(
     save_z: bool,
 ) -> tuple[Tensor, Tensor]:
     """Gather, GEMM, activation, GEMM, sum by token. See `fused_operator`."""
-    tables = _Tables(token, expert_offsets, w_in.shape[0])
+    tables = RowTables(token, expert_offsets, w_in.shape[0])
     z = _pre_activation(x, w_in, b_in, expert_offsets, tables)
     a = z.new_empty(z.shape[0], w_out.shape[2])
     activate_out(activation, z, a, a)
@@ -72,7 +72,7 @@ def forward_pass(
     y = _rows(a, w_out, expert_offsets)
     del a
     if b_out is not None:
-        y += b_out[tables.expert]
+        _add_bias(y, b_out, tables)
     return sum_by_token(y, weight, assignment, token_offsets), z
 
 
@@ -95,7 +95,7 @@ def backward_pass(
     """The gradients, gathered rows gathered again. See `fused_operator`."""
     need_x, need_in, need_out, need_b_in, need_b_out, need_weight = needs
     grads = new_gradients((x, w_in, w_out, b_in, b_out, weight), [False] * 6)
-    tables = _Tables(token, expert_offsets, w_in.shape[0])
+    tables = RowTables(token, expert_offsets, w_in.shape[0])
     if not z.numel():
         z = _pre_activation(x, w_in, b_in, expert_offsets, tables)
     rows = grad[tables.source]
@@ -104,8 +104,8 @@ def backward_pass(
     da = _rows(rows, w_out.transpose(1, 2), expert_offsets)  # of the un-weighted activation
     if need_weight:
         inner = torch.linalg.vecdot(da.to(weight.dtype), a.to(weight.dtype))
-        if b_out is not None:
-            inner += torch.linalg.vecdot(rows.to(weight.dtype), b_out[tables.expert].to(weight.dtype))
+        if b_out is not None:  # one product over all tokens and experts takes less memory than b_out of each row
+            inner += (grad @ b_out.T)[tables.source, tables.expert].to(weight.dtype)
         grads[5] = torch.where(tables.counts, inner, 0)
     scale = torch.where(tables.counts, weight, 0)[:, None].to(x.dtype)
     if need_out:
@@ -125,11 +125,18 @@ def backward_pass(
     return grads
 
 
-def _pre_activation(x: Tensor, w_in: Tensor, b_in: Tensor | None, expert_offsets: Tensor, tables: _Tables) -> Tensor:
+def _pre_activation(x: Tensor, w_in: Tensor, b_in: Tensor | None, expert_offsets: Tensor, tables: RowTables) -> Tensor:
     z = _rows(x[tables.source], w_in, expert_offsets)
     if b_in is not None:
-        z += b_in[tables.expert]
+        _add_bias(z, b_in, tables)
     return z
+
+
+def _add_bias(rows: Tensor, bias: Tensor, tables: RowTables) -> None:
+    """rows[n] += bias[expert of n], some columns at a time, since the biases of all rows are as large as the rows."""
+    columns = max(64, rows.shape[1] // 8)
+    for part, own in zip(rows.split(columns, dim=1), bias.split(columns, dim=1)):
+        part += own[tables.expert]
 
 
 moe_mlp_torch = fused_operator("moe_mlp_torch", forward_pass, backward_pass)

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..operators import registered
 from .launch import launch
 
 _BLOCK = 1024  # slots of one program; a slot is a (token, k) pair, k padded to a power of two
@@ -154,7 +155,7 @@ def build_tables(
     return token, order, expert_offsets, assignment, token_offsets
 
 
-routing_tables = torch.library.custom_op("scatterfold::routing_tables", build_tables, mutates_args=())
+routing_tables = registered("routing_tables")(build_tables)
 
 
 @routing_tables.register_fake

@@ -1,17 +1,102 @@
 """Routing tables built by Triton kernels equal those of `Routing`; run by test_interpreter.py."""
 
+import os
+from unittest import mock
+
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from scatterfold.kernels import Routing
-from scatterfold.kernels.triton_backend import routing
+from scatterfold.kernels.triton_backend import listed_routing, routing
+from scatterfold.kernels.triton_backend.listed_routing import listed_routing_tables
 from scatterfold.kernels.triton_backend.routing import routing_tables
 
+FIELDS = ("token", "weight", "expert_offsets", "assignment", "token_offsets")
 
-@pytest.fixture(autouse=True)
-def small_blocks(monkeypatch):
+
+@pytest.fixture(autouse=True, scope="module")
+def small_blocks():
     """So that few tokens make several blocks."""
-    monkeypatch.setattr(routing, "_BLOCK", 64)
+    with mock.patch.object(routing, "_BLOCK", 64), mock.patch.object(listed_routing, "_BLOCK", 32):
+        yield
+
+
+def on_device(forced=True):
+    """Routing tables are built where experts run: by the kernels, or by torch."""
+    return mock.patch.dict(os.environ, {"SCATTERFOLD_BACKEND": "triton" if forced else "cpu"})
+
+
+def assert_built_alike(build, weights):
+    """`build(weights)` on the device and by torch: every table, and the gradient, bit for bit."""
+    results = []
+    for forced in (True, False):
+        leaf = weights.clone().requires_grad_()
+        with on_device(forced):
+            made = build(leaf)
+        made.weight.backward(torch.arange(made.weight.numel(), dtype=leaf.dtype) + 1)
+        results.append([*(getattr(made, name).detach() for name in FIELDS), leaf.grad])
+    for ours, expected in zip(*results):
+        assert ours.dtype == expected.dtype and torch.equal(ours, expected)
+
+
+SHARES = st.sampled_from([None, 0.0, 0.4, 1.0])
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    tokens=st.integers(0, 70),
+    experts=st.integers(1, 40),
+    top_k=st.integers(1, 6),
+    share=SHARES,
+    seed=st.integers(0, 99),
+)
+def test_routing_from_top_k_is_the_same_on_the_device(tokens, experts, top_k, share, seed):
+    generator = torch.Generator().manual_seed(seed)
+    chosen = torch.rand(tokens, experts, generator=generator).argsort(-1)[:, :top_k]
+    keep = None if share is None else torch.rand(chosen.shape, generator=generator) < share
+    weights = torch.rand(chosen.shape, generator=generator)
+    assert_built_alike(lambda weights: Routing.from_topk(chosen, weights, experts, keep), weights)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    tokens=st.integers(0, 70),
+    experts=st.integers(1, 40),
+    density=st.floats(0, 1),
+    share=SHARES,
+    seed=st.integers(0, 99),
+)
+def test_routing_from_a_list_is_the_same_on_the_device(tokens, experts, density, share, seed):
+    generator = torch.Generator().manual_seed(seed)
+    token, expert = (torch.rand(tokens, experts, generator=generator) < density).nonzero(as_tuple=True)
+    shuffle = torch.randperm(len(token), generator=generator)
+    token, expert = token[shuffle].to(torch.int32), expert[shuffle]
+    keep = None if share is None else torch.rand(len(token), generator=generator) < share
+    weights = torch.rand(len(token), generator=generator)
+    assert_built_alike(lambda w: Routing.from_assignments(token, expert, w, tokens, experts, keep), weights)
+
+
+@pytest.mark.parametrize("experts", [256, 512])
+def test_a_list_over_many_experts(experts):
+    token, expert = (torch.rand(37, experts, generator=torch.Generator().manual_seed(0)) < 0.05).nonzero(as_tuple=True)
+    order = torch.randperm(len(token), generator=torch.Generator().manual_seed(1))
+    assert_built_alike(
+        lambda w: Routing.from_assignments(token[order], expert[order], w, 37, experts), torch.rand(len(token))
+    )
+
+
+def test_tables_of_a_list_compile_without_graph_break():
+    token, expert, keep = torch.arange(20) % 7, torch.arange(20) // 7, torch.arange(20) % 3 > 0
+
+    def run(weights):
+        return Routing.from_assignments(token, expert, weights, 7, 3, keep)
+
+    with on_device():
+        compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+        assert_built_alike(compiled, torch.rand(20))
+    torch.library.opcheck(listed_routing_tables, (token, expert, 7, 3, keep))
 
 
 def choices(tokens, top_k, experts, seed=0):

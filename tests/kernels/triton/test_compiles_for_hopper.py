@@ -5,17 +5,20 @@ compiles every configuration, dtype and activation (about ten minutes); otherwis
 """
 
 import os
+import re
 from dataclasses import replace
 
 import pytest
 import torch
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("interpreted kernels cannot be compiled", allow_module_level=True)
 
+import triton.language as tl  # noqa: E402
+
 from scatterfold.kernels import ACTIVATIONS, is_gated  # noqa: E402
-from scatterfold.kernels.triton_backend import configs, launch, ops, resources, routing  # noqa: E402
+from scatterfold.kernels.triton_backend import configs, launch, listed_routing, ops, resources, routing  # noqa: E402
 
 ALL = os.environ.get("SCATTERFOLD_COMPILE_ALL") == "1"
 TENSOR_CORE_KERNELS = {"up_kernel", "rows_kernel", "dact_kernel", "weight_grad_kernel"}
@@ -80,6 +83,78 @@ def test_routing_tables():
     assert len(launches) == 2
     for each in launches:
         check(each)
+
+
+@pytest.mark.parametrize("experts", [8, 128, 256, 512])
+def test_routing_tables_of_a_list(experts):
+    token, expert = torch.empty(2, 4096, dtype=torch.int64, device="meta")
+    with launch.recording() as launches:
+        keep = torch.empty(4096, dtype=torch.bool, device="meta")
+        listed_routing.build_tables(token, expert, 1024, experts, keep)
+    assert len(launches) == 3
+    for each in launches:
+        check(each)
+
+
+def products_in_32_bits(recorded_launch):
+    """Products of a runtime size (an integer argument) and something unknown that the kernel computes in 32 bits.
+
+    What a row or an expert is multiplied by is such a size, so with none of these no address wraps at 2^31 elements.
+    It says nothing of sums: rows, columns and experts are each below 2^31 by the type of the tables.
+    """
+    text = resources.compile_launch(recorded_launch).asm["ttir"]
+    sizes = set(re.findall(r"%([\w.]+): i32", text[text.index("tt.func") :].split("\n", 1)[0]))
+    sizes -= {"rows_per_tile", "rows_per_chunk"}  # their products are numbers of rows
+    found = re.findall(r"%([\w.]+) = ([\w.]+) (.*?)(?: : (.*?))?(?: loc\(.*)?$", text, re.MULTILINE)
+    values = {name: (operation, re.findall(r"%([\w.]+)", operands)) for name, operation, operands, _ in found}
+
+    def origin(name):
+        while name in values and values[name][0] in ("tt.splat", "tt.broadcast", "tt.expand_dims", "arith.extsi"):
+            name = values[name][1][0]
+        return name
+
+    def is_known(name):  # to the compiler: a constant, or made of constants and ranges alone
+        if name not in values or not values[name][0].startswith(("arith.", "tt.make_range", "tt.splat")):
+            return False
+        return all(map(is_known, values[name][1]))
+
+    products = []
+    for name, operation, operands, kind in found:
+        sources = [origin(operand) for operand in re.findall(r"%([\w.]+)", operands)]
+        if operation == "arith.muli" and kind.rstrip(">").endswith("i32") and sizes & set(sources):
+            products += [] if any(map(is_known, sources)) else [name]
+    return products
+
+
+@triton.jit
+def wrapping_kernel(x, out, stride, WIDE: tl.constexpr):
+    row = tl.program_id(0) * 16 + tl.arange(0, 16)
+    if WIDE:
+        tl.store(out + row, tl.load(x + row.to(tl.int64) * stride))
+    else:
+        tl.store(out + row, tl.load(x + row * stride))
+
+
+def test_a_wrapping_address_is_found():
+    x = torch.empty(16, 3, device="meta")
+    for wide, products in ((False, 1), (True, 0)):
+        args = {"x": x, "out": x, "stride": 3, "WIDE": wide}
+        assert len(products_in_32_bits(launch.Launch(wrapping_kernel, args, 4, 1))) == products
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_addresses_are_computed_in_64_bits(dtype):
+    """So that N x F and E x D x F may pass 2^31. tests/gpu runs such a shape; this only reads the code."""
+    launches = recorded(64, dtype, bias=True) + recorded(64, dtype, width=1000, expert_width=500)  # the second: no TMA
+    token, expert = torch.empty(2, 4096, dtype=torch.int64, device="meta")
+    with launch.recording() as tables:
+        routing.build_tables(torch.empty(4096, 8, dtype=torch.int64, device="meta"), 128)
+        listed_routing.build_tables(token, expert, 1024, 128)
+    kernels = set()
+    for each in (*launches, *tables):
+        assert products_in_32_bits(each) == [], each.kernel.__name__
+        kernels.add(each.kernel.__name__)
+    assert kernels >= TENSOR_CORE_KERNELS | {"combine_kernel", "bias_grad_kernel", "place_kernel"}
 
 
 @pytest.mark.skipif(not ALL, reason="SCATTERFOLD_COMPILE_ALL=1 compiles every configuration")

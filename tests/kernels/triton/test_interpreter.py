@@ -13,7 +13,11 @@ import pytest
 pytest.importorskip("triton")
 
 HERE = Path(__file__).parent
-SHARED = ("test_grouped_mm.py", "test_scatter2scatter.py")  # where triton interprets, these run the kernels
+SHARED = (
+    "test_grouped_mm.py",
+    "test_scatter2scatter.py",
+    "test_moe_mlp_memory.py",
+)  # where triton interprets, these run the kernels
 PROCESSES = {
     "moe_mlp": [HERE / "cases_moe_mlp.py"],
     "others": [HERE / "cases_configs.py", HERE / "cases_routing.py", *(HERE.parent / name for name in SHARED)],
