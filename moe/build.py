@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from ..kernels import ConfigError
+from ..parallel.dispatchers import Dispatcher
+from ..parallel.meshes import ALONE, Meshes
+from ..parallel.stages import PipelineSchedule, split_layers
 from .components import build, check
 from .experts import Experts
 from .models.config import ModelConfig
-from .models.counts import ModelCounts, count_model
+from .models.counts import ModelCounts, count_model, layer_costs
 from .models.transformer import Transformer
 from .routers.base import Router
 
@@ -49,12 +52,17 @@ class ModelPlan:
         plan = cls(model, config["router"], config["experts"], config["dispatcher"])
         if plan.is_moe:
             plan.counts()  # builds a router and experts on the meta device, which checks their settings
-            build(plan.dispatcher, "dispatcher")
+            plan.make_dispatcher()
         return plan
 
     @property
+    def moe_layers(self) -> list[int]:
+        """Numbers of the MoE layers."""
+        return [layer for layer in range(self.config.layers) if self.config.is_moe(layer)]
+
+    @property
     def is_moe(self) -> bool:
-        return any(self.config.is_moe(layer) for layer in range(self.config.layers))
+        return bool(self.moe_layers)
 
     def counts(self, sequence_length: int | None = None) -> ModelCounts:
         """Parameters and FLOPs. Active experts of a token: K of a top-k router, the upper bound of another.
@@ -62,17 +70,28 @@ class ModelPlan:
         Args:
             sequence_length: for the attention term of the FLOPs; None for model.max_positions.
         """
+        return count_model(self.config, sequence_length=sequence_length, **self._active())
+
+    def split(self, stages: int, sequence_length: int | None = None) -> list[range]:
+        """The layers of each pipeline stage, so that all have about as much to compute, the head included.
+
+        Raises: ConfigError for more stages than layers.
+        """
+        costs, head = layer_costs(self.config, sequence_length=sequence_length, **self._active())
+        return split_layers(costs, stages, last=head)
+
+    def _active(self) -> dict[str, Any]:
+        """What counts of a MoE layer, as arguments of `models.counts`."""
         if not self.is_moe:
-            return count_model(self.config, sequence_length=sequence_length)
+            return {}
         with torch.device("meta"):
             router, experts = self.make_router(), self.make_experts()
-        return count_model(
-            self.config,
-            router.max_experts_per_token,
-            experts.activation,
-            sequence_length,
-            router_parameters=sum(parameter.numel() for parameter in router.parameters()),
-        )
+        return {
+            "experts_per_token": router.max_experts_per_token,
+            "expert_activation": experts.activation,
+            "router_parameters": sum(parameter.numel() for parameter in router.parameters()),
+            "expert_bias": experts.b_in is not None,
+        }
 
     def make_router(self) -> Router:
         return build(self.router, "router", width=self.config.width, num_experts=self.config.num_experts)
@@ -86,12 +105,53 @@ class ModelPlan:
             expert_width=self.config.expert_width,
         )
 
-    def make_model(self, checkpointing: str = "none") -> Transformer:
-        """The model, on the device of the surrounding `torch.device` context (meta for no memory)."""
+    def make_dispatcher(self, meshes: Meshes = ALONE) -> Dispatcher:
+        return build(self.dispatcher, "dispatcher", meshes=meshes)
+
+    def make_model(
+        self,
+        checkpointing: str = "none",
+        meshes: Meshes = ALONE,
+        layers: Sequence[int] | None = None,
+        context_attention: str = "gather",
+        activation_offload: bool = False,
+    ) -> Transformer:
+        """The model, or its part with these layers, on the device of the surrounding `torch.device` context.
+
+        Args:
+            checkpointing: none, full or selective, as described at `Block`.
+            meshes: this rank's place, which the model is built for.
+            layers: consecutive layers of one part; None for all.
+            context_attention, activation_offload: as described at `Transformer`.
+        """
         return Transformer(
             self.config,
             router=self.make_router,
             experts=self.make_experts,
-            dispatcher=build(self.dispatcher, "dispatcher") if self.is_moe else None,
+            dispatcher=self.make_dispatcher(meshes) if self.is_moe else None,
             checkpointing=checkpointing,
+            meshes=meshes,
+            layers=layers,
+            context_attention=context_attention,
+            activation_offload=activation_offload,
         )
+
+    def make_parts(
+        self,
+        schedule: PipelineSchedule,
+        checkpointing: str = "none",
+        meshes: Meshes = ALONE,
+        sequence_length: int | None = None,
+        **options: Any,
+    ) -> list[Transformer]:
+        """What this rank holds of the model: all of it without a pipeline, else its stages in order.
+
+        Args:
+            schedule: says which stages are whose.
+            sequence_length: for the cost of attention, by which layers are split.
+            options: as of `make_model`.
+        """
+        pp = meshes.layout.pp
+        split = self.split(schedule.stages(pp), sequence_length)
+        held = schedule.stages_of(meshes.coordinates.pp, pp)
+        return [self.make_model(checkpointing, meshes, split[stage], **options) for stage in held]

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import torch.distributed as dist
+
     from .training.router_statistics import RouterStatistics
 
 
@@ -18,11 +20,16 @@ class StepContext:
         global_tokens: tokens of the whole optimizer step, over all micro-batches and data-parallel ranks; None
             when this pass is the whole step.
         statistics: collects router statistics of the step; None to collect nothing (inference).
+        sequence_group: the ranks that hold parts of the same sequences, cp x tp of them; None where this rank holds
+            whole sequences. Set by the model, which cuts the sequences; each rank's T tokens are then its parts.
+        cp: context-parallel ranks among them, whose parts are zigzag (`parallel.context`); set with sequence_group.
     """
 
     num_sequences: int = 1
     global_tokens: int | None = None
     statistics: RouterStatistics | None = None
+    sequence_group: dist.ProcessGroup | None = None
+    cp: int = 1
 
 
 ALONE = StepContext()

@@ -82,7 +82,7 @@ def _next_logits(model: Transformer, tokens: list[int], cache: KeyValueCache) ->
     """Logits of the token after these, (V,) float32 on the CPU."""
     was_training = model.training
     model.eval()
-    device = model.embedding.weight.device
+    device = model.head_weight.device
     hidden = model.hidden(torch.tensor([tokens], device=device), cache=cache)
     logits = model.logits(hidden[0, -1]).float().cpu()
     model.train(was_training)

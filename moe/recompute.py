@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from contextvars import ContextVar
 from typing import TypeVar
 
 import torch
@@ -29,7 +28,8 @@ class _Tape:
         self.replaying = False
 
 
-_current: ContextVar[_Tape | None] = ContextVar("scatterfold_tape", default=None)
+# A plain global, because torch.compile guards on it: what was traced without a tape is traced anew with one.
+_tape: _Tape | None = None
 
 
 def checkpointed(function: Callable[..., T], *args: object) -> T:
@@ -38,12 +38,20 @@ def checkpointed(function: Callable[..., T], *args: object) -> T:
     return checkpoint(function, *args, use_reentrant=False, context_fn=lambda: (_use(tape, False), _use(tape, True)))
 
 
-@torch.compiler.disable(recursive=False)  # reads what the trace cannot know; `decide` itself may be compiled
 def remember(decide: Callable[[], T]) -> T:
     """Take a decision, or, while recomputing, return the one that the first forward took."""
-    tape = _current.get()
-    if tape is None:
-        return decide()
+    return decide() if _tape is None else _on_tape(decide)
+
+
+def recomputing() -> bool:
+    """True inside the recomputation of a checkpointed call."""
+    return _tape is not None and _replaying()
+
+
+@torch.compiler.disable(recursive=False)  # reads what the trace cannot know; `decide` itself may be compiled
+def _on_tape(decide: Callable[[], T]) -> T:
+    tape = _tape
+    assert tape is not None
     if tape.replaying:
         decision = tape.decisions[tape.position]
         tape.position += 1
@@ -54,17 +62,16 @@ def remember(decide: Callable[[], T]) -> T:
 
 
 @untraced
-def recomputing() -> bool:
-    """True inside the recomputation of a checkpointed call."""
-    tape = _current.get()
-    return tape is not None and tape.replaying
+def _replaying() -> bool:
+    return _tape is not None and _tape.replaying
 
 
 @contextlib.contextmanager
 def _use(tape: _Tape, replaying: bool) -> Iterator[None]:
+    global _tape
     tape.replaying, tape.position = replaying, 0
-    token = _current.set(tape)
+    before, _tape = _tape, tape
     try:
         yield
     finally:
-        _current.reset(token)
+        _tape = before

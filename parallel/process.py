@@ -104,6 +104,23 @@ def broadcast(value: T) -> T:
     return box[0]  # type: ignore[return-value]
 
 
+def gather(value: T) -> list[T]:
+    """What each rank passes, by rank; alone, one value. Any value that pickles."""
+    if not _grouped():
+        return [value]
+    values: list[T] = [value] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def world_size() -> int:
+    """How many processes the run has, by torchrun's environment, before they know of each other.
+
+    Raises: ConfigError for an incomplete environment.
+    """
+    return _environment()[3]
+
+
 def barrier() -> None:
     """Wait until every rank is here, without a word to the accelerator."""
     sum_over_ranks(torch.zeros(1))

@@ -386,18 +386,19 @@ def test_a_run_folder_that_cannot_be_written_is_named(make, tmp_path):
 def test_a_bad_step_is_skipped_and_counted(make, tmp_path, monkeypatch):
     from scatterfold.parallel.engines.torch import TorchTraining
 
-    backward, calls, seen = TorchTraining.backward, [], []
+    run, calls, seen = TorchTraining.run, [], []
 
-    def poison(self, loss):
-        backward(self, loss)
+    def poison(self, micro_batches, scale):
+        loss = run(self, micro_batches, scale)
         calls.append(1)
-        if len(calls) == 6:  # the second micro-batch of step 2
-            next(self.module.parameters()).grad[0, 0] = math.nan
-            seen.append({name: value.clone() for name, value in self.module.state_dict().items()})
-        if len(calls) == 7:
-            seen.append({name: value.clone() for name, value in self.module.state_dict().items()})
+        (model,) = self.parts
+        if len(calls) == 3:
+            next(model.parameters()).grad[0, 0] = math.nan
+        if len(calls) in (3, 4):
+            seen.append({name: value.clone() for name, value in model.state_dict().items()})
+        return loss
 
-    monkeypatch.setattr(TorchTraining, "backward", poison)
+    monkeypatch.setattr(TorchTraining, "run", poison)
     train(make(), tmp_path)
     lines = [line for line in metrics(tmp_path) if "loss" in line]
     assert [line["skipped_steps"] for line in lines] == [0, 0, 1, 1, 1, 1, 1, 1]
@@ -412,9 +413,9 @@ def test_a_bad_step_is_skipped_and_counted(make, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("spoil", "where"),
     [
-        (lambda module: module.blocks[1].mlp.experts.w_in.data.fill_(math.inf), "output of blocks.1.mlp.experts"),
+        (lambda module: module.blocks["1"].mlp.experts.w_in.data.fill_(math.inf), "output of blocks.1.mlp.experts"),
         (
-            lambda module: module.blocks[1].attention.register_full_backward_pre_hook(spread_nan),
+            lambda module: module.blocks["1"].attention.register_full_backward_pre_hook(spread_nan),
             "gradient of blocks.1.attention",
         ),
     ],
@@ -429,7 +430,7 @@ def test_too_many_bad_steps_stop_the_run_and_say_where(make, tmp_path, monkeypat
         step(self)
         calls.append(1)
         if len(calls) == 3:
-            spoil(self.module)
+            spoil(self.parts[0])
 
     monkeypatch.setattr(TorchTraining, "step", step_then_spoil)
     with pytest.raises(NonFiniteError) as raised:

@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, TypeAlias
+
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from ...kernels.attention import Documents, attention
+from ...parallel.context import ContextAttention
+from ...parallel.tensor import gather_sequence, scatter_sequence
+from .linear import Linear
 from .norm import RMSNorm
 from .rope import Rotation
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor.parallel import ParallelStyle
+
+# What a token may see: the documents of whole sequences (None: one a row), or how to reach what other ranks hold.
+Visible: TypeAlias = Documents | ContextAttention | None
 
 
 class LayerCache:
@@ -56,8 +68,9 @@ class Attention(nn.Module):
             as OLMoE).
         bias: biases on the query, key and value projections.
         window: a token sees itself and the window - 1 tokens before it; None for the whole document.
+        group: tp ranks over which the heads are cut; None for all of them here.
 
-    Shapes: (B, S, D) -> (B, S, D).
+    Shapes: (B, S, D) -> (B, S, D), S cut over context and tensor parallel ranks.
     """
 
     def __init__(
@@ -70,35 +83,51 @@ class Attention(nn.Module):
         bias: bool = False,
         window: int | None = None,
         norm_eps: float = 1e-5,
+        group: dist.ProcessGroup | None = None,
     ) -> None:
         super().__init__()
         self.head_width = head_width
         self.window = window
+        self.qk_norm = qk_norm
+        self.group = group
         query_width, key_width = heads * head_width, kv_heads * head_width
-        self.wq = nn.Linear(width, query_width, bias=bias)
-        self.wk = nn.Linear(width, key_width, bias=bias)
-        self.wv = nn.Linear(width, key_width, bias=bias)
-        self.wo = nn.Linear(query_width, width, bias=False)
-        self.norms_heads = qk_norm == "head"
+        self.wq = Linear(width, query_width, bias=bias)
+        self.wk = Linear(width, key_width, bias=bias)
+        self.wv = Linear(width, key_width, bias=bias)
+        self.wo = Linear(query_width, width, bias=False)
         normed = {"none": (), "head": (head_width, head_width), "projection": (query_width, key_width)}[qk_norm]
-        self.q_norm, self.k_norm = [RMSNorm(size, norm_eps) for size in normed] or (nn.Identity(), nn.Identity())
+        norm_group = group if qk_norm == "projection" else None
+        norms = [RMSNorm(size, norm_eps, norm_group) for size in normed]
+        self.q_norm, self.k_norm = norms or (nn.Identity(), nn.Identity())
 
     def forward(
         self,
         x: Tensor,
         rotation: Rotation,
-        documents: Documents | None = None,
+        visible: Visible = None,
         cache: LayerCache | None = None,
     ) -> Tensor:
+        x = gather_sequence(x, self.group)
         q, k, v = self.wq(x), self.wk(x), self._heads(self.wv(x))
-        if self.norms_heads:
+        if self.qk_norm == "head":
             q, k = self.q_norm(self._heads(q)), self.k_norm(self._heads(k))
         else:
             q, k = self._heads(self.q_norm(q)), self._heads(self.k_norm(k))
         q, k = rotation(q).to(v.dtype), rotation(k).to(v.dtype)
         if cache is not None:
             k, v = cache.append(k, v)
-        return self.wo(attention(q, k, v, documents, self.window).flatten(-2))
+        elsewhere = isinstance(visible, ContextAttention)
+        out = visible(q, k, v) if elsewhere else attention(q, k, v, visible, self.window)
+        return scatter_sequence(self.wo(out.flatten(-2)), self.group)
+
+    def tensor_styles(self) -> dict[str, ParallelStyle]:
+        """How tensor parallelism cuts it, by module name: over the heads."""
+        from ...parallel.styles import CutParameters, cut_inputs, cut_outputs
+
+        styles = {"wq": cut_outputs(), "wk": cut_outputs(), "wv": cut_outputs(), "wo": cut_inputs()}
+        if self.qk_norm == "projection":
+            styles |= {name: CutParameters(weight=0) for name in ("q_norm", "k_norm")}
+        return styles
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.head_width))

@@ -7,11 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...kernels.attention import Documents
 from ..context import StepContext
 from ..layer import MoELayer
 from ..recompute import checkpointed
-from .attention import Attention, LayerCache
+from .attention import Attention, LayerCache, Visible
 from .norm import RMSNorm
 from .rope import Rotation
 
@@ -51,14 +50,14 @@ class Block(nn.Module):
         self,
         x: Tensor,
         rotation: Rotation,
-        documents: Documents | None,
+        visible: Visible,
         context: StepContext,
         cache: LayerCache | None = None,
     ) -> Tensor:
         recompute = self.checkpointing if torch.is_grad_enabled() and cache is None else "none"
         if recompute == "full":
-            return checkpointed(self._whole, x, rotation, documents, context)
-        x = self._attend(x, rotation, documents, cache)
+            return checkpointed(self._whole, x, rotation, visible, context)
+        x = self._attend(x, rotation, visible, cache)
         if recompute == "selective":
             return checkpointed(self._transform, x, context)
         return self._transform(x, context)
@@ -68,11 +67,11 @@ class Block(nn.Module):
         self._attend = torch.compile(self._attend, *args, **options)
         self._transform = torch.compile(self._transform, *args, **options)
 
-    def _whole(self, x: Tensor, rotation: Rotation, documents: Documents | None, context: StepContext) -> Tensor:
-        return self._transform(self._attend(x, rotation, documents, None), context)
+    def _whole(self, x: Tensor, rotation: Rotation, visible: Visible, context: StepContext) -> Tensor:
+        return self._transform(self._attend(x, rotation, visible, None), context)
 
-    def _attend(self, x: Tensor, rotation: Rotation, documents: Documents | None, cache: LayerCache | None) -> Tensor:
-        return x + self.attention(self.attention_norm(x), rotation, documents, cache)
+    def _attend(self, x: Tensor, rotation: Rotation, visible: Visible, cache: LayerCache | None) -> Tensor:
+        return x + self.attention(self.attention_norm(x), rotation, visible, cache)
 
     def _transform(self, x: Tensor, context: StepContext) -> Tensor:
         hidden = self.mlp_norm(x)

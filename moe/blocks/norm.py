@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from ...kernels.rms_norm import rms_norm
+from ...parallel.tensor import local, sum_shares
 
 
 class RMSNorm(nn.Module):
@@ -13,18 +15,29 @@ class RMSNorm(nn.Module):
 
     Under autocast the result is already in the autocast dtype, so that the projections that read it share one cast.
 
-    Shapes: (..., D) -> (..., D).
+    Args:
+        width: D.
+        group: ranks over which the last dimension is cut, and the weight with it; None for the whole on each rank.
+
+    Shapes: (..., D) -> (..., D), or D / ranks of it.
     """
 
-    def __init__(self, width: int, eps: float = 1e-5) -> None:
+    def __init__(self, width: int, eps: float = 1e-5, group: dist.ProcessGroup | None = None) -> None:
         super().__init__()
+        self.width = width
         self.eps = eps
+        self.group = group
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        out = rms_norm(x, self.weight, self.eps)
+        out = rms_norm(x, self.weight, self.eps) if self.group is None else self._cut(x, self.group)
         device = x.device.type
         return out.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else out
 
+    def _cut(self, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        square = sum_shares(wide.square().sum(-1, keepdim=True), group)
+        return (wide * (square / self.width + self.eps).rsqrt() * local(self.weight)).to(x.dtype)
+
     def extra_repr(self) -> str:
-        return f"{self.weight.numel()}, eps={self.eps}"
+        return f"{self.width}, eps={self.eps}"

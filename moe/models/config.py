@@ -140,3 +140,12 @@ class ModelConfig:
             )
         if self.shared_expert_gate and self.shared_expert_width is None:
             raise ConfigError("model.shared_expert_gate=true without model.shared_expert_width, allowed: false")
+
+
+def check_tensor_parallel(config: ModelConfig, tp: int) -> None:
+    """Raises: ConfigError for a size that tp ranks cannot share evenly. The vocabulary need not be even."""
+    for name in ("heads", "num_kv_heads", "ffn_width", "shared_expert_width"):
+        size = getattr(config, name)
+        if size is not None and size % tp:
+            field = name.removeprefix("num_")
+            raise ConfigError(f"layout.tp={tp} does not divide model.{field}={size}, allowed: a divisor of it")

@@ -31,6 +31,7 @@ def count_model(
     expert_activation: str = "swiglu",
     sequence_length: int | None = None,
     router_parameters: int | None = None,
+    expert_bias: bool = False,
 ) -> ModelCounts:
     """Count a model without building it.
 
@@ -39,6 +40,7 @@ def count_model(
         expert_activation: of the experts; a gated one has three matrices, another two.
         sequence_length: S for the attention term of the FLOPs; None for model.max_positions.
         router_parameters: of one router; None for E x D, a gate without bias.
+        expert_bias: whether experts have biases, one before the activation and one of the output.
     """
     moe_layers = sum(config.is_moe(layer) for layer in range(config.layers))
     if router_parameters is None:
@@ -47,11 +49,35 @@ def count_model(
     shared_by_all = config.layers * (_attention(config) + 2 * config.width)
     shared_by_all += (config.layers - moe_layers) * _mlp(config, config.ffn_width, config.activation)
     shared_by_all += moe_layers * (router_parameters + _shared_expert(config))
-    expert = _mlp(config, config.expert_width, expert_activation)
+    expert = _expert(config, expert_activation, expert_bias)
     total += shared_by_all + moe_layers * config.num_experts * expert
     active += shared_by_all + moe_layers * min(experts_per_token, config.num_experts) * expert
     flops = flops_per_token(config, active, sequence_length or config.max_positions)
     return ModelCounts(total=total, active=active, embedding=_embedding(config), flops_per_token=flops)
+
+
+def layer_costs(
+    config: ModelConfig,
+    experts_per_token: int = 0,
+    expert_activation: str = "swiglu",
+    sequence_length: int | None = None,
+    router_parameters: int | None = None,
+    expert_bias: bool = False,
+) -> tuple[list[float], float]:
+    """Floating-point operations of one token in each layer, and in the head, by the rule of `flops_per_token`.
+
+    By these a pipeline splits the layers. The embedding is a lookup and counts nothing. Arguments as of `count_model`.
+    """
+    if router_parameters is None:
+        router_parameters = config.num_experts * config.width
+    expert = _expert(config, expert_activation, expert_bias)
+    moe = router_parameters + _shared_expert(config) + min(experts_per_token, config.num_experts) * expert
+    dense = _mlp(config, config.ffn_width, config.activation)
+    costs = []
+    for layer in range(config.layers):
+        weights = _attention(config) + 2 * config.width + (moe if config.is_moe(layer) else dense)
+        costs.append(6.0 * weights + _attention_flops(config, sequence_length or config.max_positions))
+    return costs, 6.0 * config.width * (config.vocab_size + 1)
 
 
 def flops_per_token(config: ModelConfig, active: int, sequence_length: int) -> float:
@@ -67,9 +93,14 @@ def flops_per_token(config: ModelConfig, active: int, sequence_length: int) -> f
     Recomputation by activation checkpointing does not count: this is work asked for, not work done.
     """
     in_products = active if config.tie_embeddings else active - _embedding(config)
+    return 6.0 * in_products + config.layers * _attention_flops(config, sequence_length)
+
+
+def _attention_flops(config: ModelConfig, sequence_length: int) -> float:
+    """12 H W C, of one layer: see `flops_per_token`."""
     window = min(config.sliding_window or sequence_length, sequence_length)
     seen = (window * (window + 1) / 2 + (sequence_length - window) * window) / sequence_length
-    return 6.0 * in_products + 12.0 * config.layers * config.heads * config.head_size * seen
+    return 12.0 * config.heads * config.head_size * seen
 
 
 def _embedding(config: ModelConfig) -> int:
@@ -90,6 +121,12 @@ def _attention(config: ModelConfig) -> int:
 
 def _mlp(config: ModelConfig, hidden: int | None, activation: str) -> int:
     return config.width * (hidden or 0) * (3 if is_gated(activation) else 2)
+
+
+def _expert(config: ModelConfig, activation: str, bias: bool) -> int:
+    width = config.expert_width or 0
+    biases = width * (2 if is_gated(activation) else 1) + config.width
+    return _mlp(config, width, activation) + (biases if bias else 0)
 
 
 def _shared_expert(config: ModelConfig) -> int:

@@ -18,8 +18,8 @@ import re
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 
+from ...parallel.shards import local_part, local_range
 from .config import ModelConfig
 
 _WRITES_TO_RESIDUAL = re.compile(r"\.(wo\.weight|w_out|w_out\.weight)$")
@@ -47,27 +47,22 @@ def _std(name: str, parameter: Tensor, config: ModelConfig) -> float:
 
 
 def _fill(parameter: Tensor, name: str, std: float, seed: int) -> None:
-    if parameter.ndim < 2:
-        parameter.fill_(0.0 if name.endswith("bias") else 1.0)
-    elif isinstance(parameter, DTensor):
-        whole = _draw(parameter.shape, parameter.dtype, parameter.to_local().device, name, std, seed)
-        mesh, placements = parameter.device_mesh, parameter.placements
-        parameter.to_local().copy_(distribute_tensor(whole, mesh, placements, src_data_rank=None).to_local())
-    else:
-        parameter.copy_(_draw(parameter.shape, parameter.dtype, parameter.device, name, std, seed))
+    """Give this rank's part the values that the whole parameter has there; experts held by others are not drawn."""
+    local = local_part(parameter)
+    is_bias = name.endswith(("bias", ".b_in", ".b_out"))
+    if is_bias or parameter.ndim < 2:
+        local.fill_(0.0 if is_bias else 1.0)
+        return
+    held = tuple(slice(part.start, part.stop) for part in (local_range(parameter, d) for d in range(parameter.ndim)))
+    if parameter.ndim == 2:
+        local.copy_(_normal(parameter.shape, local, std, f"{seed}/{name}")[held])
+        return
+    for row, expert in enumerate(range(held[0].start, held[0].stop)):
+        local[row].copy_(_normal(parameter.shape[1:], local, std, f"{seed}/{name}/{expert}")[held[1:]])
 
 
-def _draw(shape: torch.Size, dtype: torch.dtype, device: torch.device, name: str, std: float, seed: int) -> Tensor:
-    """The full parameter, of a shape that a normal distribution of that deviation fills."""
-    if len(shape) == 2:
-        return _normal(torch.empty(shape, dtype=dtype, device=device), std, f"{seed}/{name}")
-    whole = torch.empty(shape, dtype=dtype, device=device)
-    for expert, matrix in enumerate(whole):
-        _normal(matrix, std, f"{seed}/{name}/{expert}")
-    return whole
-
-
-def _normal(matrix: Tensor, std: float, key: str) -> Tensor:
+def _normal(shape: torch.Size, like: Tensor, std: float, key: str) -> Tensor:
+    """A matrix of the type and on the device of another, drawn from a key."""
     seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "little") >> 1
-    generator = torch.Generator(matrix.device).manual_seed(seed)
-    return matrix.normal_(0.0, std, generator=generator).clamp_(-3 * std, 3 * std)
+    generator = torch.Generator(like.device).manual_seed(seed)
+    return like.new_empty(shape).normal_(0.0, std, generator=generator).clamp_(-3 * std, 3 * std)

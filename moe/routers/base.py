@@ -17,6 +17,7 @@ from .capacity import Capacity
 from .losses import Decision, GlobalBatchBalance, MicroBatchBalance, RouterLoss, SequenceBalance, ZLoss
 from .output import RouterOutput
 from .scores import Score
+from .sequences import SequenceParts
 
 
 @dataclass(frozen=True)
@@ -161,7 +162,7 @@ class Router(nn.Module, ABC):
         with torch.autocast(hidden_TD.device.type, enabled=False):
             logits_TE = self._logits(hidden_TD)
             scores_TE = self.score.rank(logits_TE)
-            verdict = remember(lambda: self._decide(scores_TE.detach(), context.num_sequences))
+            verdict = remember(lambda: self._decide(scores_TE.detach(), context))
             experts_TK = verdict.choice.experts
             weights_TK = self.weigh(scores_TE.gather(1, experts_TK), verdict.choice)
             routing = Routing.from_topk(experts_TK, weights_TK, self.num_experts, keep=verdict.kept)
@@ -183,25 +184,38 @@ class Router(nn.Module, ABC):
         return nn.functional.linear(hidden_TD, self.weight.to(dtype), bias)
 
     @torch.no_grad()
-    def _decide(self, scores_TE: Tensor, num_sequences: int) -> _Verdict:
+    def _decide(self, scores_TE: Tensor, context: StepContext) -> _Verdict:
+        num_sequences, parts = context.num_sequences, SequenceParts.of(context)
         choice = self.choose(scores_TE)
         loss_choice = self.choose_for_losses(scores_TE, choice)
         loss_counts = _count(loss_choice, num_sequences, self.num_experts)
         counts = loss_counts if loss_choice is choice else _count(choice, 1, self.num_experts)
         counts = counts.sum(0)
+        if parts is not None and self.training and any(loss.reads_counts for loss in self._own_losses()):
+            loss_counts = parts.sum(loss_counts)
         capacity = self.capacity if self.training else self.eval_capacity
         if capacity is None:
             dropped = torch.zeros((), dtype=torch.int64, device=scores_TE.device)
             return _Verdict(choice, choice.wanted, counts, loss_counts, dropped)
-        kept = capacity.keep(
-            choice.experts,
-            scores_TE.gather(1, choice.experts),
-            choice.wanted,
-            self.num_experts,
-            num_sequences,
-            self.experts_per_token,
-        )
+        kept = self._keep(capacity, choice, scores_TE, num_sequences, parts)
         return _Verdict(choice, kept, counts, loss_counts, counts.sum() - kept.sum())
+
+    def _keep(
+        self, capacity: Capacity, choice: Choice, scores_TE: Tensor, num_sequences: int, parts: SequenceParts | None
+    ) -> Tensor:
+        """Which of the choices fit, (T, K) bool: decided on whole sequences by every rank that has a part of them."""
+        experts_TK, wanted_TK = choice.experts, choice.wanted
+        scores_TK = scores_TE.gather(1, experts_TK)
+        if parts is not None:
+            listed = experts_TK if wanted_TK is None else torch.where(wanted_TK, experts_TK, self.num_experts)
+            experts_TK = parts.whole(listed.to(torch.int32)).long()
+            if wanted_TK is not None:
+                wanted_TK = experts_TK < self.num_experts
+            scores_TK = parts.whole(scores_TK) if capacity.drop == "probability" else scores_TK
+        kept_TK = capacity.keep(
+            experts_TK, scores_TK, wanted_TK, self.num_experts, num_sequences, self.experts_per_token
+        )
+        return kept_TK if parts is None else parts.own(kept_TK)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Router:
         """Move buffers, but never cast them: a bias of 0.25 in bfloat16 cannot take a step of 0.001."""

@@ -4,7 +4,9 @@ Every balance loss is alpha * E * sum_e f_e P_e, where f is the share of assignm
 and carries no gradient) and P the mean probability. It is alpha for a balanced load, whatever E and K, and
 alpha * E / K if all tokens share the same K experts. The losses differ in where f and P are measured.
 
-Each loss is a mean over the tokens of one pass; `moe.inject` weighs it by the pass's share of the step's tokens.
+Each loss is a mean over the tokens of one pass; `moe.inject` weighs it by the pass's share of the step's tokens. Where
+ranks hold parts of the same sequences, f counts the tokens of all of them and P those of this rank: the losses are
+linear in P and f has no gradient, so the ranks' losses, weighed by their tokens, add up to the loss of the whole.
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ class Decision:
     Attributes:
         logits: (T, E).
         probs: (T, E), non-negative, each row sums to one.
-        counts: (B, E), assignments per sequence, before dropping and without expert bias.
+        counts: (B, E), assignments per sequence, before dropping and without expert bias; of whole sequences, also
+            where the T tokens are parts of them.
     """
 
     logits: Tensor
@@ -33,7 +36,13 @@ class Decision:
 
 
 class RouterLoss(nn.Module):
-    """One auxiliary loss, with its coefficient; a module because it may hold state."""
+    """One auxiliary loss, with its coefficient; a module because it may hold state.
+
+    Attributes:
+        reads_counts: whether it looks at `Decision.counts`, which then have to be those of whole sequences.
+    """
+
+    reads_counts = False
 
     def __init__(self, field: str, coefficient: float) -> None:
         super().__init__()
@@ -58,6 +67,8 @@ class RouterLoss(nn.Module):
 class MicroBatchBalance(RouterLoss):
     """f and P over the tokens of one pass (Switch, 2101.03961, section 2.2, with f divided by K)."""
 
+    reads_counts = True
+
     def forward(self, decision: Decision) -> Tensor:
         share_E = _shares(decision.counts.sum(0))
         mean_E = decision.probs.sum(0) / max(decision.probs.shape[0], 1)
@@ -69,6 +80,8 @@ class SequenceBalance(RouterLoss):
 
     The same for any split of a batch into micro-batches of whole sequences.
     """
+
+    reads_counts = True
 
     def forward(self, decision: Decision) -> Tensor:
         share_BE = _shares(decision.counts)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from ...parallel.engines.base import Engine
 from ..context import StepContext
 from ..data.batches import Batch
 
@@ -44,39 +44,42 @@ class Evaluation:
         }
 
 
-@torch.no_grad()
 def evaluate(
-    model: nn.Module,
+    engine: Engine,
     batches: Iterable[Batch],
     *,
     device: torch.device,
     sum_over_ranks: Callable[[Tensor], Tensor],
-    forward_context: Callable[[], AbstractContextManager[None]],
+    counts: bool = True,
 ) -> Evaluation:
     """Measure the model on this rank's share of the batches and sum over ranks.
 
     Every rank must be given the same number of batches (sharded models communicate in forward); a rank that has no
     more text gets batches whose labels are all masked.
+
+    Args:
+        counts: whether this rank counts the tokens and bytes of its batches: one of those that read the same.
     """
-    was_training = model.training
-    model.eval()
+    was_training = [part.training for part in engine.parts]
+    for part in engine.parts:
+        part.eval()
     total_loss = torch.zeros((), dtype=torch.float64, device=device)  # stays on the device: no waiting for each batch
     num_targets = num_bytes = 0
     for batch in batches:
-        context = StepContext(num_sequences=batch.tokens.shape[0])
-        with forward_context():
-            loss_sum = model(
-                batch.tokens.to(device, non_blocking=True),
-                batch.labels.to(device, non_blocking=True),
-                cu_seqlens=batch.cu_seqlens,
-                context=context,
-            )
-        total_loss += loss_sum
-        num_targets += batch.num_targets
-        num_bytes += batch.num_bytes
-    model.train(was_training)
-    counts = torch.tensor([num_targets, num_bytes], dtype=torch.float64, device=device)
-    loss_sum, tokens, num_bytes = sum_over_ranks(torch.cat([total_loss[None], counts])).tolist()
+        total_loss += engine.evaluate(
+            {
+                "tokens": batch.tokens.to(device, non_blocking=True),
+                "labels": batch.labels.to(device, non_blocking=True),
+                "cu_seqlens": batch.cu_seqlens,
+                "context": StepContext(num_sequences=batch.tokens.shape[0]),
+            }
+        )
+        num_targets += batch.num_targets if counts else 0
+        num_bytes += batch.num_bytes if counts else 0
+    for part, mode in zip(engine.parts, was_training):
+        part.train(mode)
+    counted = torch.tensor([num_targets, num_bytes], dtype=torch.float64, device=device)
+    loss_sum, tokens, num_bytes = sum_over_ranks(torch.cat([total_loss[None], counted])).tolist()
     return Evaluation(
         loss=loss_sum / max(tokens, 1.0),
         bits_per_byte=loss_sum / math.log(2.0) / max(num_bytes, 1.0),

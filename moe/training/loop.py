@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ...parallel.checkpoint import Checkpointer
 from ...parallel.engines.base import Engine
-from ...parallel.process import Process, sum_over_ranks
+from ...parallel.meshes import Meshes
+from ...parallel.process import Process, gather, sum_over_ranks
+from ...parallel.watchdog import Watchdog
 from ..context import StepContext
 from ..data.batches import Batch, Batches
 from ..layer import MoELayer
@@ -36,12 +37,14 @@ class Loop:
 
     engine: Engine
     process: Process
+    meshes: Meshes
+    watchdog: Watchdog
     settings: TrainerSettings
     schedule: Schedule
     peak_lr: float
     batches: Batches
     valid_batches: Callable[[int | None], Any]
-    moe_layers: list[tuple[int, MoELayer]]
+    moe_layers: list[tuple[int, MoELayer]]  # of this rank
     statistics: RouterStatistics
     checkpointer: Checkpointer
     sinks: MetricSinks
@@ -84,11 +87,11 @@ class Loop:
             judge: whether the loss counts in choosing the best checkpoint; all that count are of the same text.
         """
         evaluation = evaluate(
-            self.engine.model,
-            self.valid_batches(limit),
+            self.engine,
+            self._watched(self.valid_batches(limit)),
             device=self.process.device,
             sum_over_ranks=sum_over_ranks,
-            forward_context=self.engine.evaluation_context,
+            counts=self.meshes.is_data_main,
         )
         self.last_evaluation, self.progress.evaluated_step = evaluation, self.progress.step
         if judge:
@@ -98,6 +101,12 @@ class Loop:
         self._log({"step": self.progress.step, **evaluation.record()})
         self.meter.pause()
         return evaluation
+
+    def _watched(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        for batch in batches:
+            self.watchdog.alive()
+            yield batch
+        self.watchdog.alive()
 
     def _evaluate_if_due(self) -> None:
         step = self.progress.step
@@ -122,11 +131,14 @@ class Loop:
     def _step(self, stop_requested: bool) -> bool:
         """One optimizer step; returns whether any rank was asked to stop."""
         step = self.progress.step
+        self.watchdog.alive()
         seed_everything(self.seed, "step", step, self.process.rank)
         micro_batches = self.batches.step(step)
-        loss_sum = self._forward_backward(micro_batches)
-        num_bytes = sum(batch.num_bytes for batch in micro_batches)
-        shares = torch.stack([loss_sum, loss_sum.new_tensor(stop_requested), loss_sum.new_tensor(num_bytes)])
+        loss_share = self.engine.run(
+            [self._arguments(batch) for batch in micro_batches], scale=1.0 / self.batches.targets_per_step
+        )
+        num_bytes = sum(batch.num_bytes for batch in micro_batches) if self.meshes.is_data_main else 0
+        shares = torch.stack([loss_share, loss_share.new_tensor(stop_requested), loss_share.new_tensor(num_bytes)])
         loss, stops, num_bytes = sum_over_ranks(shares).tolist()
         grad_norm = float(self.engine.clip(self.settings.gradient_clip))
         statistics = self.statistics.reduce(sum_over_ranks)
@@ -149,48 +161,32 @@ class Loop:
         self._log_step(figures, statistics)
         return stops > 0
 
-    def _forward_backward(self, micro_batches: list[Batch]) -> Tensor:
-        """Accumulate gradients of the mean loss over the global batch; returns this rank's share of that mean.
-
-        One rule for scale: each micro-batch contributes its summed loss divided by the global number of targets, and
-        every reduction over ranks is a plain sum.
-        """
+    def _arguments(self, batch: Batch) -> dict[str, Any]:
+        """What the model's forward pass gets of a micro-batch."""
         device = self.process.device
-        loss_sum = torch.zeros((), dtype=torch.float64, device=device)
-        for index, batch in enumerate(micro_batches):
-            context = StepContext(
+        return {
+            "tokens": batch.tokens.to(device, non_blocking=True),
+            "labels": batch.labels.to(device, non_blocking=True),
+            "cu_seqlens": batch.cu_seqlens,
+            "context": StepContext(
                 num_sequences=batch.tokens.shape[0],
                 global_tokens=self.batches.tokens_per_step,
                 statistics=self.statistics,
-            )
-            with self.engine.forward_context(last_micro_batch=index == len(micro_batches) - 1):
-                loss = self.engine.model(
-                    batch.tokens.to(device, non_blocking=True),
-                    batch.labels.to(device, non_blocking=True),
-                    cu_seqlens=batch.cu_seqlens,
-                    context=context,
-                )
-            loss = loss / self.batches.targets_per_step
-            self.engine.backward(loss)
-            loss_sum += loss.detach()
-        return loss_sum
+            ),
+        }
 
     def _finish_routers(self, statistics: StepStatistics) -> None:
-        for row, (_, layer) in enumerate(self.moe_layers):
-            layer.router.finish_step(statistics.counts[row])
+        for index, layer in self.moe_layers:
+            layer.router.finish_step(statistics.counts[statistics.layers.index(index)])
 
     def _describe_non_finite(self, step: int, loss: float, grad_norm: float, batches: list[Batch]) -> str:
         """Name step, batch and layer. Runs a forward pass, so every rank must call it."""
         gradient = first_non_finite_gradient(self.engine.grad_norms_by_parameter())
-        with FirstNonFiniteOutput(self.engine.module) as forward, torch.no_grad():
+        with FirstNonFiniteOutput(self.engine.parts) as forward:
             for batch in batches:
-                with self.engine.evaluation_context():
-                    self.engine.model(
-                        batch.tokens.to(self.process.device),
-                        batch.labels.to(self.process.device),
-                        cu_seqlens=batch.cu_seqlens,
-                    )
-        where = f"first in the output of {forward.name}" if forward.name else f"first in the gradient of {gradient}"
+                self.engine.evaluate({**self._arguments(batch), "context": StepContext()})
+        output = next((name for name in gather(forward.name) if name is not None), None)
+        where = f"first in the output of {output}" if output else f"first in the gradient of {gradient}"
         first = self.progress.samples
         return (
             f"step {step}, samples {first} to {first + self.batches.global_batch_size - 1}: loss {loss}, gradient norm "
@@ -205,7 +201,7 @@ class Loop:
         if is_last or _due(step, self.settings.log_every):
             record = {"step": step, **figures, **speed, "tokens": self.progress.tokens}
             self._log({**record, "skipped_steps": self.guard.skipped, **statistics.summary()})
-        if self.moe_layers and (is_last or _due(step, self.expert_every)):
+        if statistics.layers and (is_last or _due(step, self.expert_every)):
             self.sinks.log_experts(step, statistics.per_layer())
 
     def _log(self, record: dict[str, Any]) -> None:

@@ -63,7 +63,8 @@ class AdamW:
         for name, parameter in model.named_parameters():
             if not parameter.requires_grad:
                 continue
-            is_bias = parameter.ndim < 2 or name.rpartition(".")[2].endswith("bias")  # stacked experts: (E, F) biases
+            last = name.rpartition(".")[2]
+            is_bias = parameter.ndim < 2 or last.endswith("bias") or last in ("b_in", "b_out")  # experts': (E, F)
             spared = is_bias or (id(parameter) in embeddings and not self.decay_embeddings)
             (plain if spared else decayed).append(parameter)
         return decayed, plain

@@ -103,12 +103,22 @@ class RouterStatistics:
         layers: numbers of the MoE layers, as they call `record`.
         num_experts: E.
         device: where the routers run.
+        gather: what each rank passes, by rank. Given where ranks hold different layers, so that each learns which
+            losses the others have.
     """
 
-    def __init__(self, layers: Sequence[int], num_experts: int, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        layers: Sequence[int],
+        num_experts: int,
+        device: torch.device | str = "cpu",
+        gather: Callable[[list[str]], list[list[str]]] | None = None,
+    ) -> None:
         self.layers = tuple(layers)
         self._row = {layer: row for row, layer in enumerate(self.layers)}
         self._num_experts, self._device = num_experts, torch.device(device)
+        self._gather = gather
+        self._elsewhere: list[str] | None = None
         self._reset()
 
     def _reset(self) -> None:
@@ -131,9 +141,13 @@ class RouterStatistics:
             self._losses[name][row] += loss.detach().double() * num_tokens
 
     def reduce(self, sum_over_ranks: Callable[[Tensor], Tensor]) -> StepStatistics:
-        """Sum over all ranks, in one call on one tensor, and start the next step. Every rank must have routed."""
-        names = sorted(self._losses)  # the same order on every rank
-        packed = torch.cat([self._sums, *(self._losses[name][:, None] for name in names)], dim=1)
+        """Sum over all ranks, in one call on one tensor, and start the next step. Every rank must call it."""
+        if self._elsewhere is None:  # asked once: which losses a router has does not change
+            own = sorted(self._losses)
+            self._elsewhere = [] if self._gather is None else [name for names in self._gather(own) for name in names]
+        names = sorted({*self._losses, *self._elsewhere})  # the same order on every rank
+        losses = [self._losses.get(name, torch.zeros_like(self._sums[:, 0])) for name in names]
+        packed = torch.cat([self._sums, *(loss[:, None] for loss in losses)], dim=1)
         self._reset()
         if self.layers:
             packed = sum_over_ranks(packed)

@@ -6,6 +6,7 @@ Read `train` first: it is the whole story. Each line of it is a part that lives 
 from __future__ import annotations
 
 import contextlib
+import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -17,11 +18,16 @@ import torch
 from ...kernels import ConfigError
 from ...parallel.checkpoint import Checkpointer
 from ...parallel.engines import Engine
-from ...parallel.layout import Layout
-from ...parallel.process import Process, broadcast, running, together
+from ...parallel.layout import Layout, ResolvedLayout
+from ...parallel.meshes import Meshes
+from ...parallel.process import Process, broadcast, gather, running, together, world_size
+from ...parallel.watchdog import Watchdog
 from ..build import ModelPlan
 from ..components import build, check
 from ..data import Data, DataSettings, open_data, open_tokenizer
+from ..data.batches import Share
+from ..layout_checks import check_layout
+from ..sharding import sharding_plan
 from .display import Display, make_display, quantity
 from .environment import describe_environment
 from .loop import Loop
@@ -36,6 +42,10 @@ from .settings import LoggerSettings, TrainerSettings
 from .sinks import MetricSinks, open_sinks
 from .summary import conclude, header
 from .throughput import Meter, device_peak
+
+
+def to_stderr(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
 
 
 @dataclass(frozen=True)
@@ -98,39 +108,55 @@ class RunPlan:
             layout=check(Layout, config.get("layout") or {}, "layout"),
         )
 
+    def resolve_layout(self, world: int) -> ResolvedLayout:
+        """The layout over so many ranks. Raises: ConfigError if ranks, model or data cannot be cut that way."""
+        layout = self.layout.resolve(world)
+        check_layout(layout, self.model, self.data.sequence_length)
+        share = Share.of(self.data.global_batch_size, self.data.micro_batch_size, 0, layout.data)
+        stages = self.engine.schedule.stages(layout.pp)
+        self.model.split(stages, self.data.sequence_length)
+        self.engine.schedule.check(
+            layout.pp, share.micro_batches, self.trainer.activation_checkpointing, self.trainer.compile
+        )
+        return layout
 
-def train(config: Mapping[str, Any], run_dir: Path) -> RunResult:
+
+def train(config: Mapping[str, Any], run_dir: Path, tell: Callable[[str], None] = to_stderr) -> RunResult:
     """Train the model that `config` describes, in the folder `run_dir`; run it on every rank.
 
     Args:
         config: the resolved tree of groups (model, router, experts, dispatcher, data, optimizer, schedule, trainer,
             logger, layout, engine) and `seed`, `resume`, `init_from`.
         run_dir: the same on all ranks; a run that is there already goes on, as `resume` says.
+        tell: gets one line before the process ends because a rank hangs.
 
     Raises: ConfigError, DataError, CheckpointError for bad input, before anything is written; NonFiniteError if too
         many steps in a row were not finite.
     """
     plan = RunPlan.from_config(config)
     folder = RunFolder(run_dir)
+    layout = plan.resolve_layout(world_size())
     start = choose_start(plan.config, folder)
     with (
         deterministic_algorithms(plan.trainer.deterministic),
-        running(plan.trainer.device) as process,
+        running(plan.trainer.device, plan.trainer.hang_timeout_s + 300) as process,  # first the watchdog says who hangs
         make_display(plan.logger.display, plan.trainer.steps, process.is_main) as display,
     ):
         start = broadcast(start)
-        data = open_data_of(plan, process, display)
+        data = open_data_of(plan, layout, process, display)
         meta = describe_checkpoint(plan, data, process)
         check_same_data(start, meta["tokenizer"], meta["data"])
         if start.is_finished(plan.trainer.steps):
             return finished(plan, folder, start, data, process, display)
-        engine = prepare_engine(plan, process)
+        meshes = layout.meshes(process.device.type)
+        engine = prepare_engine(plan, process, meshes)
         load_start(engine, start)
         together(lambda: prepare_folder(plan, folder, start, data, meta) if process.is_main else None)
         with contextlib.closing(data.train), writing_metrics(plan, folder, start, process) as sinks:
-            loop = make_loop(plan, folder, start, data, engine, process, sinks, display, meta)
+            watchdog = Watchdog(process, plan.trainer.hang_timeout_s, tell)
+            loop = make_loop(plan, folder, start, data, engine, process, meshes, watchdog, sinks, display, meta)
             display.header(header(plan, folder, start, data, process))
-            with contextlib.closing(loop.checkpointer):  # a save in the background ends before the group does
+            with watchdog, contextlib.closing(loop.checkpointer):  # a save in the background ends before the group does
                 completed = loop.run()
         evaluation = loop.last_evaluation.record() if loop.last_evaluation else None
         if not completed:
@@ -151,8 +177,8 @@ def finished(
     return result_of(True, folder, progress, evaluation)
 
 
-def open_data_of(plan: RunPlan, process: Process, display: Display) -> Data:
-    """Open the corpora; the first use of raw text prepares it, which is said if it takes long."""
+def open_data_of(plan: RunPlan, layout: ResolvedLayout, process: Process, display: Display) -> Data:
+    """Open the corpora for this rank's share of each batch; the first use of raw text prepares it."""
     said = time.monotonic()
 
     def say(done: int, total: int) -> None:
@@ -161,7 +187,8 @@ def open_data_of(plan: RunPlan, process: Process, display: Display) -> Data:
             said = time.monotonic()
             display.message(f"preparing data: {done / max(total, 1):.0%} of {quantity(total)} bytes")
 
-    return together(lambda: open_data(plan.data, process.rank, process.world, plan.seed, process.device, progress=say))
+    share = layout.data_rank(process.rank), layout.data
+    return together(lambda: open_data(plan.data, *share, plan.seed, process.device, progress=say))
 
 
 def prepare_folder(plan: RunPlan, folder: RunFolder, start: Start, data: Data, meta: dict[str, Any]) -> None:
@@ -174,17 +201,23 @@ def prepare_folder(plan: RunPlan, folder: RunFolder, start: Start, data: Data, m
     folder.cut_back(progress.step, progress.evaluated_step)
 
 
-def prepare_engine(plan: RunPlan, process: Process) -> Engine:
+def prepare_engine(plan: RunPlan, process: Process, meshes: Meshes) -> Engine:
     """Build the model without memory, spread it over the ranks and give it values that depend on the seed only."""
     with torch.device("meta"):
-        model = plan.model.make_model(plan.trainer.activation_checkpointing)
+        parts = plan.model.make_parts(
+            plan.engine.schedule,
+            plan.trainer.activation_checkpointing,
+            meshes,
+            plan.data.sequence_length,
+            context_attention=plan.trainer.context_attention,
+            activation_offload=plan.trainer.activation_offload,
+        )
     return plan.engine.prepare(
-        model,
+        parts,
         plan.optimizer,
         process=process,
-        layout=plan.layout,
-        units=model.sharding_units(),
-        float32=[layer.router for _, layer in model.moe_layers()],
+        meshes=meshes,
+        plan=sharding_plan(parts),
         precision=plan.trainer.precision,
         compile=plan.trainer.compile,
         deterministic=plan.trainer.deterministic,
@@ -219,24 +252,27 @@ def make_loop(
     data: Data,
     engine: Engine,
     process: Process,
+    meshes: Meshes,
+    watchdog: Watchdog,
     sinks: MetricSinks,
     display: Display,
     meta: dict[str, Any],
 ) -> Loop:
     """Hand every part to the loop."""
-    moe_layers = engine.module.moe_layers()  # type: ignore[operator]
     trainer = plan.trainer
     return Loop(
         engine=engine,
         process=process,
+        meshes=meshes,
+        watchdog=watchdog,
         settings=trainer,
         schedule=plan.schedule,
         peak_lr=plan.optimizer.lr,
         batches=data.train,
         valid_batches=data.valid_batches,
-        moe_layers=moe_layers,
+        moe_layers=[layer for part in engine.parts for layer in part.moe_layers()],  # type: ignore[operator]
         statistics=RouterStatistics(
-            [index for index, _ in moe_layers], plan.model.config.num_experts, device=process.device
+            plan.model.moe_layers, plan.model.config.num_experts, process.device, gather if meshes.pp else None
         ),
         checkpointer=Checkpointer(
             folder.checkpoints,

@@ -7,6 +7,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from ...kernels import ConfigError
+from ...parallel.context import CONTEXT_ATTENTION
 
 PRECISIONS = ("fp32", "bf16")
 CHECKPOINTING = ("none", "full", "selective")
@@ -24,6 +25,9 @@ class TrainerSettings:
         precision: fp32, or bf16: parameters and optimizer in float32, matrix products in bfloat16.
         gradient_clip: largest global gradient norm; None to clip nothing.
         activation_checkpointing: none; full: keep each block's input only; selective: keep attention, recompute MLPs.
+        activation_offload: keep what the backward pass needs in the memory of the CPU.
+        context_attention: for layout.cp above 1: gather (keys and values of all ranks at once, exact with documents,
+            everywhere) or ring (from rank to rank, on GPUs).
         compile: torch.compile each block.
         eval_every, checkpoint_every: steps between; 0 for only at the end.
         eval_batches: validation text of an evaluation during the run, in global batches; None for the whole split.
@@ -37,12 +41,16 @@ class TrainerSettings:
         baselines: at the end, measure byte unigram, byte trigram and gzip on the validation text beside the model.
         report: write RUN/report at the end.
         device: auto, cpu or cuda.
+        hang_timeout_s: a run of several ranks in which nothing has moved for so long ends, and says which rank stands
+            still and where. Longer than the longest evaluation or save.
     """
 
     steps: int
     precision: str = "fp32"
     gradient_clip: float | None = 1.0
     activation_checkpointing: str = "none"
+    activation_offload: bool = False
+    context_attention: str = "gather"
     compile: bool = False
     eval_every: int = 0
     eval_batches: int | None = None
@@ -56,9 +64,11 @@ class TrainerSettings:
     baselines: bool = False
     report: bool = True
     device: str = "auto"
+    hang_timeout_s: float = 1800.0
 
     def __post_init__(self) -> None:
         _one_of(self, "trainer", "precision", PRECISIONS)
+        _one_of(self, "trainer", "context_attention", tuple(CONTEXT_ATTENTION))
         _one_of(self, "trainer", "activation_checkpointing", CHECKPOINTING)
         _one_of(self, "trainer", "device", DEVICES)
         for name, least in (
@@ -72,6 +82,8 @@ class TrainerSettings:
             _at_least(self, "trainer", name, least)
         if self.eval_batches is not None and self.eval_batches < 1:
             raise ConfigError(f"trainer.eval_batches={self.eval_batches} is too small, allowed: null, 1 or more")
+        if not self.hang_timeout_s > 0:
+            raise ConfigError(f"trainer.hang_timeout_s={self.hang_timeout_s} is out of range, allowed: above 0")
         if self.gradient_clip is not None and not self.gradient_clip > 0:
             raise ConfigError(f"trainer.gradient_clip={self.gradient_clip} is out of range, allowed: null, above 0")
 

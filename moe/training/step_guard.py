@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -53,13 +54,13 @@ class FirstNonFiniteOutput:
     Use as a context manager around one forward pass; `name` is None if all outputs were finite.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, parts: Sequence[nn.Module]) -> None:
         self.name: str | None = None
-        self._model = model
+        self._parts = parts
         self._handles: list = []
 
     def __enter__(self) -> FirstNonFiniteOutput:
-        for name, module in self._model.named_modules():
+        for name, module in (named for part in self._parts for named in part.named_modules()):
             if name and not list(module.children()):
                 self._handles.append(module.register_forward_hook(self._hook(name)))
         return self

@@ -12,7 +12,7 @@ import os
 import pickle
 import warnings
 import zlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -119,10 +119,13 @@ def read_shapes(path: Path) -> dict[str, torch.Size]:
     return {name: entry.size for name, entry in _read_index(path).state_dict_metadata.items()}  # type: ignore[union-attr]
 
 
-def check_fits(path: Path, state: Mapping[str, Tensor]) -> None:
+def check_fits(path: Path, state: Mapping[str, Tensor], elsewhere: Collection[str] = ()) -> None:
     """Check that a checkpoint holds exactly the tensors of `state`, in its shapes.
 
     Kinds of names (`model.`, `optimizer.`) that the state does not have are ignored.
+
+    Args:
+        elsewhere: names of tensors that other ranks check and read: those of other pipeline stages.
 
     Raises: CheckpointError that names the first tensor that differs, with both shapes, and counts the others.
     """
@@ -130,7 +133,8 @@ def check_fits(path: Path, state: Mapping[str, Tensor]) -> None:
     kinds = {name.split(".", 1)[0] for name in state}
     differing = [name for name in state if name in saved and saved[name] != state[name].shape]
     missing = [name for name in state if name not in saved]
-    unexpected = [name for name in saved if name not in state and name.split(".", 1)[0] in kinds]
+    known = {*state, *elsewhere}
+    unexpected = [name for name in saved if name not in known and name.split(".", 1)[0] in kinds]
     parts = []
     if differing:
         first = differing[0]
@@ -143,12 +147,13 @@ def check_fits(path: Path, state: Mapping[str, Tensor]) -> None:
         raise CheckpointError(f"{path} is of another model: {'; '.join(parts)}")
 
 
-def load(path: Path, state: dict[str, Tensor], alone: bool = False) -> None:
+def load(path: Path, state: dict[str, Tensor], alone: bool = False, elsewhere: Collection[str] = ()) -> None:
     """Read tensors in place, each rank its own shards, after checking that the files are intact and fit.
 
     Args:
         state: live tensors by name, as `model_state` gives them.
         alone: this rank reads by itself and the others do not take part.
+        elsewhere: names of tensors that other ranks read.
 
     Raises: CheckpointError, on every rank, with nothing changed.
     """
@@ -158,7 +163,7 @@ def load(path: Path, state: dict[str, Tensor], alone: bool = False) -> None:
 
     def check() -> None:
         _check_sums(path, check_whole(path)["files"], rank, world)
-        check_fits(path, state)
+        check_fits(path, state, elsewhere)
 
     def read() -> None:
         try:

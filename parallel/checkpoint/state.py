@@ -7,6 +7,8 @@ are not state: they come from the config, and the learning rate from the schedul
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+
 import torch
 from torch import Tensor, nn
 
@@ -14,20 +16,26 @@ MODEL = "model."
 OPTIMIZER = "optimizer."
 
 
-def model_state(module: nn.Module) -> dict[str, Tensor]:
-    """Live parameters and persistent buffers by name; a tensor that has two names appears under the first."""
-    state: dict[str, Tensor] = {f"{MODEL}{name}": parameter.data for name, parameter in module.named_parameters()}
-    for prefix, child in module.named_modules():
-        for name, buffer in child.named_buffers(recurse=False):
-            if name not in child._non_persistent_buffers_set:
-                state[f"{MODEL}{prefix}.{name}" if prefix else f"{MODEL}{name}"] = buffer
+def model_state(*parts: nn.Module) -> dict[str, Tensor]:
+    """Live parameters and persistent buffers by name; a tensor that has two names appears under the first.
+
+    Args:
+        parts: of one model, with names that are unique among them.
+    """
+    state: dict[str, Tensor] = {}
+    for part in parts:
+        state.update({f"{MODEL}{name}": parameter.data for name, parameter in part.named_parameters()})
+        for prefix, child in part.named_modules():
+            for name, buffer in child.named_buffers(recurse=False):
+                if name not in child._non_persistent_buffers_set:
+                    state[f"{MODEL}{prefix}.{name}" if prefix else f"{MODEL}{name}"] = buffer
     return state
 
 
-def optimizer_state(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def optimizer_state(optimizer: torch.optim.Optimizer, *parts: nn.Module) -> dict[str, Tensor]:
     """What the optimizer remembers of each parameter, by the parameter's name; numbers become tensors."""
     state: dict[str, Tensor] = {}
-    for name, parameter in module.named_parameters():
+    for name, parameter in _parameters(parts):
         for key, value in optimizer.state.get(parameter, {}).items():
             if isinstance(value, Tensor):
                 state[f"{OPTIMIZER}{name}.{key}"] = value
@@ -36,12 +44,17 @@ def optimizer_state(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict
     return state
 
 
-def restore_numbers(module: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Tensor]) -> None:
+def restore_numbers(optimizer: torch.optim.Optimizer, state: dict[str, Tensor], *parts: nn.Module) -> None:
     """Give the optimizer the plain numbers of a state that was loaded; tensors were loaded in place."""
-    for name, parameter in module.named_parameters():
+    for name, parameter in _parameters(parts):
         for key, value in optimizer.state.get(parameter, {}).items():
             if isinstance(value, (int, float)) and f"{OPTIMIZER}{name}.{key}" in state:
                 optimizer.state[parameter][key] = type(value)(state[f"{OPTIMIZER}{name}.{key}"].item())
+
+
+def _parameters(parts: Iterable[nn.Module]) -> Iterator[tuple[str, nn.Parameter]]:
+    for part in parts:
+        yield from part.named_parameters()
 
 
 def create_optimizer_state(optimizer: torch.optim.Optimizer) -> None:

@@ -1,10 +1,10 @@
-"""What the training loop asks of an engine, whatever shards the model underneath."""
+"""What the training loop asks of an engine, whatever spreads the model underneath."""
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -13,37 +13,40 @@ from torch import Tensor, nn
 class Engine(Protocol):
     """A model and its optimizer, spread over the ranks of a layout.
 
-    One rule for scale: the caller's loss is already divided by what it counts over all ranks and micro-batches, and
-    an engine only ever sums gradients. One optimizer step is
+    One rule for scale: the caller's `scale` is one over what the loss counts over all ranks and micro-batches, and an
+    engine only ever sums gradients. One optimizer step is
 
-        for micro_batch in micro_batches:
-            with engine.forward_context(last_micro_batch=...):
-                loss = engine.model(...)
-            engine.backward(loss)
+        loss = engine.run(micro_batches, scale=1 / global_targets)     # this rank's share
         norm = engine.clip(1.0)
         engine.step()
         engine.zero_grad()
 
     Attributes:
-        model: what to call; may be a wrapper that reduces gradients.
-        module: the model itself, with its own attribute and parameter names.
-        optimizer: over this rank's share of the parameters.
+        parts: this rank's parts of the model: one, or several stages of a pipeline, in the order of the forward pass.
+            Parameters and modules have the names that they have in the whole model.
+        optimizer: over this rank's parts of the parameters.
     """
 
-    model: nn.Module
-    module: nn.Module
+    parts: list[nn.Module]
     optimizer: torch.optim.Optimizer
 
-    def forward_context(self, last_micro_batch: bool) -> AbstractContextManager[None]:
-        """Around the forward pass of one micro-batch; gradients are complete after the backward of the last one."""
+    def run(self, micro_batches: Sequence[Mapping[str, Any]], scale: float) -> Tensor:
+        """Forward and backward pass of all micro-batches of a step; then gradients are whole.
+
+        Args:
+            micro_batches: arguments of the model's forward pass, the same number on every rank.
+            scale: by which each summed loss is multiplied.
+
+        Returns: () float64, this rank's share of the scaled loss: the sum over all ranks is the loss of the step.
+        """
         ...
 
-    def evaluation_context(self) -> AbstractContextManager[None]:
-        """Around a forward pass without backward, in the precision of training."""
+    def evaluate(self, micro_batch: Mapping[str, Any]) -> Tensor:
+        """A forward pass in the precision of training: () float64, this rank's share of the summed loss, unscaled."""
         ...
 
-    def backward(self, loss: Tensor) -> None:
-        """Add the gradients of this loss; after the last micro-batch, sum them over the ranks."""
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """This rank's parts of the parameters by their names in the whole model."""
         ...
 
     def clip(self, max_norm: float | None) -> Tensor:
@@ -51,7 +54,7 @@ class Engine(Protocol):
         ...
 
     def grad_norms_by_parameter(self) -> dict[str, float]:
-        """Gradient norm of each whole parameter by name. Every rank must call it."""
+        """Gradient norm of each parameter of the whole model by name. Every rank must call it."""
         ...
 
     def step(self) -> None:

@@ -1,72 +1,109 @@
-"""Gradient norms over parameters of which a rank may hold the whole, a shard, or an empty shard."""
+"""Sums and norms of gradients over ranks of which each may hold the whole, a part, or an empty part of a parameter."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
 
+from ..meshes import Meshes
+from ..process import sum_over_ranks
+from ..shards import local_part, parts
 
-def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float | None, device: torch.device) -> Tensor:
+Groups = tuple[dist.ProcessGroup, ...]
+
+
+class GradientSums:
+    """Adds up gradients of which each rank has a part, in a few flat messages after the last backward pass.
+
+    Args:
+        groups: for each parameter, the groups to sum over one after the other.
+        bucket_bytes: size of one message.
+    """
+
+    def __init__(self, groups: Mapping[nn.Parameter, Groups], bucket_bytes: int) -> None:
+        self._parameters: dict[Groups, list[nn.Parameter]] = {}
+        for parameter, over in groups.items():
+            if over:
+                self._parameters.setdefault(over, []).append(parameter)
+        self._bucket_bytes = bucket_bytes
+
+    @torch.no_grad()
+    def __call__(self) -> None:
+        """Sum. A parameter has a gradient on every rank of a group or on none."""
+        for groups, parameters in self._parameters.items():
+            gradients = [local_part(p.grad) for p in parameters if p.grad is not None]
+            for bucket in _buckets(gradients, self._bucket_bytes):
+                flat = torch.cat([gradient.flatten() for gradient in bucket])
+                for group in groups:
+                    dist.all_reduce(flat, group=group)
+                summed = flat.split([gradient.numel() for gradient in bucket])
+                for gradient, part in zip(bucket, summed):
+                    gradient.copy_(part.view_as(gradient))
+
+
+def _buckets(tensors: Sequence[Tensor], limit: int) -> Iterator[list[Tensor]]:
+    """Tensors of one type in lists of up to `limit` bytes, in order; a larger one is alone."""
+    bucket: list[Tensor] = []
+    size = 0
+    for tensor in tensors:
+        if bucket and (size + tensor.nbytes > limit or tensor.dtype != bucket[0].dtype):
+            yield bucket
+            bucket, size = [], 0
+        bucket.append(tensor)
+        size += tensor.nbytes
+    if bucket:
+        yield bucket
+
+
+@torch.no_grad()
+def clip_gradients(
+    parameters: Iterable[nn.Parameter], max_norm: float | None, meshes: Meshes, device: torch.device
+) -> Tensor:
     """Scale gradients in place so that their global norm is at most `max_norm`.
 
-    Gradients are grouped by how they are sharded: the squares of a group are summed over the ranks that share it, and
-    over no others, so a replicated gradient counts once. Sums are taken in float64 and nothing waits for the device.
+    Every element of the model counts once: of a gradient that is cut into n parts, each part is on 1/n of the ranks
+    of its pipeline stage, so each rank divides its squares by that number of copies, and one sum over all ranks gives
+    the whole. Sums are taken in float64 and nothing waits for the device.
 
     Returns: () float32 global norm before scaling, the same on every rank.
     """
-    groups = _by_sharding(parameter.grad for parameter in parameters if parameter.grad is not None)
+    by_copies: dict[int, list[Tensor]] = {}
+    for parameter in parameters:
+        if parameter.grad is not None:
+            by_copies.setdefault(meshes.layout.stage // parts(parameter), []).append(local_part(parameter.grad))
     square = torch.zeros((), dtype=torch.float64, device=device)
-    for (mesh, sharded_dims), gradients in groups.items():
-        square += _sum_over(get_total_norm(gradients).to(device).double().square(), mesh, sharded_dims)
-    norm = square.sqrt().float()
+    for copies, gradients in by_copies.items():
+        square += get_total_norm(gradients).to(device).double().square() / copies
+    norm = sum_over_ranks(square).sqrt().float()
     if max_norm is not None:
         # A norm that is not finite would spoil every gradient; left alone, they show where it came from.
         factor = torch.where(norm.isfinite(), (max_norm / (norm + 1e-6)).clamp(max=1.0), 1.0)
-        for gradients in groups.values():
+        for gradients in by_copies.values():
             torch._foreach_mul_(gradients, factor)  # type: ignore[reportPrivateImportUsage]
     return norm
 
 
-def gradient_norms(parameters: Mapping[str, nn.Parameter]) -> dict[str, float]:
-    """Norm of each whole gradient by name, in the order given; one reduction per way of sharding."""
-    names: dict[tuple[DeviceMesh | None, tuple[int, ...]], list[str]] = {}
-    squares: dict[tuple[DeviceMesh | None, tuple[int, ...]], list[Tensor]] = {}
-    for name, parameter in parameters.items():
-        if parameter.grad is not None:
-            local, sharding = _local(parameter.grad)
-            names.setdefault(sharding, []).append(name)
-            squares.setdefault(sharding, []).append(torch.linalg.vector_norm(local, dtype=torch.float64).square())
-    found: dict[str, float] = {}
-    for (mesh, sharded_dims), values in squares.items():
-        total = _sum_over(torch.stack(values), mesh, sharded_dims)
-        found.update(zip(names[mesh, sharded_dims], total.sqrt().tolist()))
-    return {name: found[name] for name in parameters if name in found}
-
-
-def _by_sharding(gradients: Iterable[Tensor]) -> dict[tuple[DeviceMesh | None, tuple[int, ...]], list[Tensor]]:
-    groups: dict[tuple[DeviceMesh | None, tuple[int, ...]], list[Tensor]] = {}
-    for gradient in gradients:
-        local, sharding = _local(gradient)
-        groups.setdefault(sharding, []).append(local)
-    return groups
-
-
-def _local(gradient: Tensor) -> tuple[Tensor, tuple[DeviceMesh | None, tuple[int, ...]]]:
-    """This rank's part of a gradient, and over which dimensions of which mesh the whole is cut."""
-    if not isinstance(gradient, DTensor):
-        return gradient, (None, ())
-    dims = tuple(dim for dim, placement in enumerate(gradient.placements) if placement.is_shard())
-    return gradient.to_local(), (gradient.device_mesh, dims)
-
-
-def _sum_over(values: Tensor, mesh: DeviceMesh | None, dims: tuple[int, ...]) -> Tensor:
-    for dim in dims:
-        assert mesh is not None
-        dist.all_reduce(values, group=mesh.get_group(dim))
-    return values
+@torch.no_grad()
+def gradient_norms(parts_of_model: Sequence[nn.Module], meshes: Meshes, device: torch.device) -> dict[str, float]:
+    """Norm of each whole gradient by name, in the order of the forward pass; every rank gets those of all stages."""
+    own: list[dict[str, float]] = []
+    for part in parts_of_model:
+        found = {name: p for name, p in part.named_parameters() if p.grad is not None}
+        squares = torch.zeros(len(found), dtype=torch.float64, device=device)
+        for row, parameter in enumerate(found.values()):
+            gradient = local_part(parameter.grad)  # type: ignore[arg-type]
+            copies = meshes.layout.stage // parts(parameter)
+            squares[row] = torch.linalg.vector_norm(gradient, dtype=torch.float64).square() / copies
+        if meshes.stage_group is not None:
+            dist.all_reduce(squares, group=meshes.stage_group)
+        own.append(dict(zip(found, squares.sqrt().tolist())))
+    if meshes.pp is None:
+        stages = [own]
+    else:
+        stages = [own] * meshes.layout.pp
+        dist.all_gather_object(stages, own, group=meshes.pp.get_group())
+    return {name: norm for part in zip(*stages) for stage in part for name, norm in stage.items()}

@@ -1,26 +1,27 @@
-"""The default engine: plain torch on one process, DDP for copies, FSDP2 for shards, both for hybrid layouts."""
+"""The default engine: plain torch on one process, DDP for copies, FSDP2 for shards, both folded with experts."""
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import os
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from ...kernels.errors import ConfigError
-from ..checkpoint.read import check_fits, check_whole, load, read_shapes
-from ..checkpoint.state import OPTIMIZER, create_optimizer_state, model_state, optimizer_state, restore_numbers
-from ..layout import Layout, ResolvedLayout
-from ..process import Process, together
-from .gradients import clip_gradients, gradient_norms
+from ..layout import ResolvedLayout
+from ..meshes import ALONE, Meshes
+from ..plan import ShardingPlan, cut_parameters, is_meta
+from ..process import Process
+from ..stages import PipelineSchedule
+from .gradients import GradientSums, Groups
+from .sharding import gradient_groups, places, shard
+from .training import Runner, Sequential, TorchTraining, autocasting
 
 PRECISIONS = ("fp32", "bf16")
 
@@ -28,11 +29,11 @@ PRECISIONS = ("fp32", "bf16")
 class TorchEngine:
     """How torch spreads a model over a layout; `prepare` does it.
 
+        meshes = layout.resolve(process.world).meshes(process.device.type)
         with torch.device("meta"):
-            model = plan.make_model()
+            model = plan.make_model(meshes=meshes)
         engine = TorchEngine().prepare(
-            model, AdamW(lr=1e-3), process=process, layout=Layout(dp_shard=8), units=model.sharding_units(),
-            float32=[layer.router for _, layer in model.moe_layers()], precision="bf16", seed=0,
+            model, AdamW(lr=1e-3), process=process, meshes=meshes, plan=model.sharding_plan(), precision="bf16", seed=0,
         )
         engine.load(newest)     # or engine.load_weights(init_from)
 
@@ -41,10 +42,12 @@ class TorchEngine:
             its backward pass (less memory); False keeps them (less communication). For dp_shard > 1.
         reduce_every_micro_batch: reduce-scatter gradients after each micro-batch, so that no rank ever holds whole
             gradients; False sums micro-batches first and communicates once a step. For dp_shard > 1.
-        bucket_mb: size of the buckets in which copies sum their gradients, in MiB. For dp_shard = 1.
+        bucket_mb: size of the messages in which copies sum their gradients, in MiB. For what FSDP does not cut.
         compile_backend: what torch.compile generates code with; aot_eager needs no compiler. For trainer.compile.
+        pipeline_schedule: one of `stages.SCHEDULES`. For pp > 1.
+        virtual_stages: parts of the model on each rank; None for as many as the schedule is meant for. For pp > 1.
 
-    Raises: ConfigError for a bucket size that is not above 0.
+    Raises: ConfigError for a bucket size that is not above 0, or a schedule that does not exist.
     """
 
     def __init__(
@@ -53,23 +56,42 @@ class TorchEngine:
         reduce_every_micro_batch: bool = False,
         bucket_mb: float = 25.0,
         compile_backend: str = "inductor",
+        pipeline_schedule: str = "1f1b",
+        virtual_stages: int | None = None,
     ) -> None:
         if not bucket_mb > 0:
             raise ConfigError(f"engine.bucket_mb={bucket_mb} is out of range, allowed: above 0")
+        self.schedule = PipelineSchedule(pipeline_schedule, virtual_stages)
         self.reshard_after_forward = reshard_after_forward
         self.reduce_every_micro_batch = reduce_every_micro_batch
         self.bucket_mb = bucket_mb
         self.compile_backend = compile_backend
 
+    def check(
+        self, layout: ResolvedLayout, micro_batches: int, checkpointing: str = "none", compile: bool = False
+    ) -> None:
+        """Say before the start what cannot run.
+
+        Args:
+            micro_batches: of one optimizer step on one rank.
+
+        Raises: ConfigError for a pipeline schedule that does not go with the other options.
+        """
+        self.schedule.check(layout.pp, micro_batches, checkpointing, compile)
+        if layout.pp > 1 and self.reduce_every_micro_batch:
+            raise ConfigError(
+                f"engine.reduce_every_micro_batch=true with layout.pp={layout.pp}, which reduces once a step, "
+                "allowed: false"
+            )
+
     def prepare(
         self,
-        model: nn.Module,
+        model: nn.Module | Sequence[nn.Module],
         make_optimizer: Callable[[nn.Module], torch.optim.Optimizer],
         *,
         process: Process,
-        layout: Layout,
-        units: Sequence[nn.Module] = (),
-        float32: Sequence[nn.Module] = (),
+        meshes: Meshes = ALONE,
+        plan: ShardingPlan | None = None,
         precision: str = "fp32",
         compile: bool = False,
         deterministic: bool = False,
@@ -79,46 +101,71 @@ class TorchEngine:
 
         bf16 means the same in every layout: float32 parameters, and autocast for the forward pass. Sharded matrices
         of a unit travel as bfloat16, which is the rounding that autocast would do after the gather; all that autocast
-        leaves in float32 (`float32`, norms and other vectors, and what is outside of units) stays float32.
+        leaves in float32 (norms and other vectors, the plan's `float32`, what is outside of units) stays float32.
 
         Args:
-            model: on the meta device, to be created shard by shard with `model.reset_parameters(seed)`; or with its
-                values, the same on every rank.
+            model: on the meta device, to be created part by part with `model.reset_parameters(seed)`; or with its
+                values, the same on every rank. Built for its place in `meshes`; with pp > 1 the parts that
+                `schedule.stages_of` gives this rank.
             make_optimizer: called with the model after sharding.
-            units: submodules that are gathered, freed and compiled one at a time: the blocks.
-            float32: submodules whose own computation is in float32 under bf16: the routers.
+            meshes: of all ranks.
+            plan: what may be cut where, in all parts.
             compile: torch.compile each unit.
             deterministic: let torch refuse operations that do not give the same bits twice, from here on.
 
-        Raises: ConfigError for an unknown precision or a layout that does not fit the world.
+        Raises: ConfigError for an unknown precision or compiler.
         """
         if precision not in PRECISIONS:
             raise ConfigError(f"trainer.precision={precision!r} is unknown, allowed: {', '.join(PRECISIONS)}")
-        resolved = layout.resolve(process.world)
+        parts, plan = [model] if isinstance(model, nn.Module) else list(model), plan or ShardingPlan()
         if deterministic:
             _refuse_nondeterminism()
         if compile:
-            self._compile(units)
-        is_meta = any(parameter.is_meta for parameter in model.parameters())
-        if not is_meta:
-            model.to(process.device)
-        whole = _float32_names(model, units, float32) if precision == "bf16" and resolved.dp_shard > 1 else set()
-        if resolved.dp_shard > 1:
-            self._shard(model, units, whole, resolved, process.device, precision)
-        if is_meta:
-            model.to_empty(device=process.device)
-            model.reset_parameters(seed)  # type: ignore[operator]
-        copies = resolved.dp_shard == 1 and resolved.dp_replicate > 1
-        optimizer = make_optimizer(model)
-        _separate_sharded(optimizer)
+            self._compile(plan.units)
+        groups: dict[nn.Parameter, Groups] = {}
+        for part in parts:
+            groups |= self._spread(part, plan, process, meshes, precision, seed)
+        whole = parts[0] if len(parts) == 1 else nn.ModuleList(parts)
+        optimizer = make_optimizer(whole)
+        _separate_by_mesh(optimizer)
         return TorchTraining(
-            self._replicate(model, process) if copies else model,
-            model,
+            parts,
             optimizer,
+            runner=self._runner(parts, process, meshes, precision == "bf16"),
+            meshes=meshes,
             device=process.device,
-            precision=precision,
-            whole=whole,
-            reduce_every_micro_batch=self.reduce_every_micro_batch,
+            sums=GradientSums({} if _is_copied(meshes) else groups, int(self.bucket_mb * 2**20)),
+        )
+
+    def _spread(
+        self, part: nn.Module, plan: ShardingPlan, process: Process, meshes: Meshes, precision: str, seed: int
+    ) -> dict[nn.Parameter, Groups]:
+        """Cut a part, give it values, and say over which groups gradients are left to be summed."""
+        has_values = not is_meta(part)
+        if has_values:
+            part.to(process.device)
+        cut_parameters(part, plan, meshes)
+        at = places(part, plan, meshes, precision)
+        if meshes.layout.dp_shard > 1:
+            shard(part, plan, meshes, at, precision, self.reshard_after_forward)
+        if not has_values:
+            part.to_empty(device=process.device)
+            part.reset_parameters(seed)  # type: ignore[operator]
+        return gradient_groups(part, meshes, at)
+
+    def _runner(self, parts: Sequence[nn.Module], process: Process, meshes: Meshes, autocast: bool) -> Runner:
+        if meshes.pp is not None:
+            from ..pipeline import Pipeline  # loads torch.distributed.pipelining, which most layouts do not need
+
+            context = partial(autocasting, autocast, process.device)
+            return Pipeline(parts, meshes, self.schedule, process.device, forward_context=context)
+        (part,) = parts
+        return Sequential(
+            self._replicate(part, process) if _is_copied(meshes) else part,
+            part,
+            device=process.device,
+            autocast=autocast,
+            reduce_always=self.reduce_every_micro_batch,
         )
 
     def _compile(self, units: Sequence[nn.Module]) -> None:
@@ -128,37 +175,6 @@ class TorchEngine:
             raise ConfigError(f"engine.compile_backend={self.compile_backend!r} is unknown, allowed: {allowed}")
         for unit in units:
             unit.compile(backend=self.compile_backend)
-
-    def _shard(
-        self,
-        model: nn.Module,
-        units: Sequence[nn.Module],
-        whole: set[str],
-        layout: ResolvedLayout,
-        device: torch.device,
-        precision: str,
-    ) -> None:
-        mesh = layout.mesh(device.type)
-        if layout.dp_replicate == 1:
-            mesh = mesh["dp_shard"]
-        ignored = {parameter for name, parameter in model.named_parameters() if name in whole}
-        cast = torch.bfloat16 if precision == "bf16" else None
-        policy = MixedPrecisionPolicy(param_dtype=cast, reduce_dtype=torch.float32, cast_forward_inputs=False)
-        for unit in units:
-            fully_shard(
-                unit,
-                mesh=mesh,
-                mp_policy=policy,
-                reshard_after_forward=self.reshard_after_forward,
-                ignored_params=ignored,
-            )
-        outside = MixedPrecisionPolicy(cast_forward_inputs=False)
-        fully_shard(model, mesh=mesh, mp_policy=outside, ignored_params=ignored)
-        for module in model.modules():
-            if isinstance(module, FSDPModule):
-                # Both are needed for a plain sum: with a factor alone torch asks for PREMUL_SUM, which gloo lacks.
-                module.set_gradient_divide_factor(1.0)
-                module.set_force_sum_reduction_for_comms(True)
 
     def _replicate(self, model: nn.Module, process: Process) -> nn.Module:
         # Router biases are updated from global counts, so every copy has the same without sending them. torch 2.13
@@ -176,111 +192,10 @@ class TorchEngine:
         return wrapper
 
 
-class TorchTraining:
-    """The `Engine` that `TorchEngine.prepare` returns; see `base.Engine` for what its methods promise."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        module: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        *,
-        device: torch.device,
-        precision: str,
-        whole: set[str],
-        reduce_every_micro_batch: bool,
-    ) -> None:
-        self.model = model
-        self.module = module
-        self.optimizer = optimizer
-        self._device = device
-        self._autocast = precision == "bf16"
-        self._whole = whole
-        self._reduce_always = reduce_every_micro_batch
-        self._shards = [child for child in module.modules() if isinstance(child, FSDPModule)]
-        self._last_micro_batch = True
-
-    @contextlib.contextmanager
-    def forward_context(self, last_micro_batch: bool) -> Iterator[None]:
-        self._last_micro_batch = last_micro_batch
-        with contextlib.ExitStack() as stack:
-            if isinstance(self.module, FSDPModule):
-                self.module.set_requires_gradient_sync(last_micro_batch or self._reduce_always)
-                self.module.set_requires_all_reduce(last_micro_batch)
-                self.module.set_is_last_backward(last_micro_batch)
-            elif isinstance(self.model, DistributedDataParallel) and not last_micro_batch:
-                stack.enter_context(self.model.no_sync())
-            stack.enter_context(self.evaluation_context())
-            yield
-
-    def evaluation_context(self) -> contextlib.AbstractContextManager[None]:
-        if not self._autocast:
-            return contextlib.nullcontext()
-        return torch.autocast(self._device.type, torch.bfloat16)  # type: ignore[return-value]
-
-    def backward(self, loss: Tensor) -> None:
-        loss.backward()
-        if self._last_micro_batch and self._whole:
-            self._sum_whole_gradients()
-
-    def _sum_whole_gradients(self) -> None:
-        """Sum over all ranks the gradients of the parameters that are whole beside sharded ones, in one message."""
-        gradients = [p.grad for name, p in self.module.named_parameters() if name in self._whole]
-        present = [gradient for gradient in gradients if gradient is not None]
-        if not present:
-            return
-        flat = torch.cat([gradient.flatten() for gradient in present])
-        dist.all_reduce(flat)
-        for gradient, summed in zip(present, flat.split([gradient.numel() for gradient in present])):
-            gradient.copy_(summed.view_as(gradient))
-
-    def clip(self, max_norm: float | None) -> Tensor:
-        return clip_gradients(self.module.parameters(), max_norm, self._device)
-
-    def grad_norms_by_parameter(self) -> dict[str, float]:
-        return gradient_norms(dict(self.module.named_parameters()))
-
-    def step(self) -> None:
-        self.optimizer.step()
-
-    def zero_grad(self) -> None:
-        self.optimizer.zero_grad(set_to_none=True)
-
-    def state_dict(self) -> dict[str, Tensor]:
-        self._reshard()
-        return {**model_state(self.module), **optimizer_state(self.module, self.optimizer)}
-
-    def load(self, path: Path) -> None:
-        self._reshard()
-
-        def look() -> bool:
-            check_whole(path)
-            check_fits(path, model_state(self.module))
-            return any(name.startswith(OPTIMIZER) for name in read_shapes(path))
-
-        if not together(look):  # written before the first step, so there is nothing to remember
-            self.optimizer.state.clear()
-            return load(path, model_state(self.module))
-        created = not self.optimizer.state
-        if created:
-            create_optimizer_state(self.optimizer)
-        try:
-            state = self.state_dict()
-            load(path, state)
-        except Exception:
-            if created:
-                self.optimizer.state.clear()
-            raise
-        restore_numbers(self.module, self.optimizer, state)
-
-    def load_weights(self, path: Path) -> None:
-        self._reshard()
-        load(path, model_state(self.module))
-
-    def _reshard(self) -> None:
-        """Free parameters that a forward pass left gathered, so that names lead to shards."""
-        for module in self._shards:
-            module.reshard()
+def _is_copied(meshes: Meshes) -> bool:
+    """Whether every rank holds the whole model and nothing else, which is what DDP is for."""
+    layout = meshes.layout
+    return layout.dp_replicate == layout.world > 1 and layout.ep * layout.etp == 1
 
 
 def _refuse_nondeterminism() -> None:
@@ -295,22 +210,14 @@ def _sum_bucket(state, bucket):  # DDP compares annotations with its own classes
     return summed.get_future().then(lambda future: future.value()[0])  # type: ignore[union-attr]
 
 
-def _float32_names(model: nn.Module, units: Sequence[nn.Module], float32: Sequence[nn.Module]) -> set[str]:
-    """Parameters of units that bfloat16 must not round: vectors, and all of the given modules."""
-    inside = {id(parameter) for unit in units for parameter in unit.parameters()}
-    chosen = {id(parameter) for module in float32 for parameter in module.parameters()}
-    return {
-        name
-        for name, parameter in model.named_parameters()
-        if id(parameter) in inside and (parameter.ndim < 2 or id(parameter) in chosen)
-    }
-
-
-def _separate_sharded(optimizer: torch.optim.Optimizer) -> None:
-    """Split parameter groups that mix sharded and whole parameters, which torch's fused updates cannot do together."""
+def _separate_by_mesh(optimizer: torch.optim.Optimizer) -> None:
+    """Split parameter groups whose parameters are on several meshes, which torch's fused updates cannot do together."""
     for group in list(optimizer.param_groups):
-        sharded = [parameter for parameter in group["params"] if isinstance(parameter, DTensor)]
-        whole = [parameter for parameter in group["params"] if not isinstance(parameter, DTensor)]
-        if sharded and whole:
-            group["params"] = sharded
-            optimizer.add_param_group({**{key: group[key] for key in group if key != "params"}, "params": whole})
+        by_mesh: dict[object, list[torch.Tensor]] = {}
+        for parameter in group["params"]:
+            mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
+            by_mesh.setdefault(mesh, []).append(parameter)
+        first, *others = by_mesh.values()
+        group["params"] = first
+        for parameters in others:
+            optimizer.add_param_group({**{key: group[key] for key in group if key != "params"}, "params": parameters})

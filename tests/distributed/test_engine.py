@@ -13,6 +13,7 @@ from torch import nn
 from scatterfold.kernels import Routing, moe_mlp
 from scatterfold.parallel import Layout, Process
 from scatterfold.parallel.engines import TorchEngine
+from scatterfold.parallel.plan import ShardingPlan
 from scatterfold.parallel.process import running
 
 WIDTH, EXPERTS, TOKENS, STEPS = 12, 5, 8, 3  # 5 experts do not divide by 2 or 4 ranks: shards are uneven, one is empty
@@ -90,9 +91,8 @@ def build(process, layout, engine, optimizer, **options):
         model,
         optimizer,
         process=process,
-        layout=layout,
-        units=list(model.blocks),
-        float32=[block.gate for block in model.blocks],
+        meshes=layout.resolve(process.world).meshes("cpu"),
+        plan=ShardingPlan(units=list(model.blocks), float32=[block.gate for block in model.blocks]),
         seed=3,
         **options,
     )
@@ -109,27 +109,22 @@ def train(process, layout, engine=None, optimizer="sgd", max_norm=0.05, **option
         "adamw": lambda model: torch.optim.AdamW(model.parameters(), lr=0.01, fused=True),
     }[optimizer]
     training = build(process, layout, engine or TorchEngine(), make, **options)
-    found = {"initial": {name: whole(p) for name, p in training.module.named_parameters()}, "steps": []}
-    found["buffers"] = {name: buffer.clone() for name, buffer in training.module.named_buffers()}
+    found = {"initial": {name: whole(p) for name, p in training.named_parameters()}, "steps": []}
+    found["buffers"] = {name: buffer.clone() for name, buffer in training.parts[0].named_buffers()}
     for step in range(STEPS):
-        losses, batches = [], micro_batches(step, process.rank, process.world)
-        for index, batch in enumerate(batches):
-            with training.forward_context(last_micro_batch=index == len(batches) - 1):
-                loss = training.model(batch) / (MICRO_BATCHES * TOKENS)
-            training.backward(loss)
-            losses.append(loss.detach())
-        gradients = {name: whole(p.grad) for name, p in training.module.named_parameters()}
+        batches = [{"tokens": batch} for batch in micro_batches(step, process.rank, process.world)]
+        loss = training.run(batches, scale=1 / (MICRO_BATCHES * TOKENS))
+        gradients = {name: whole(p.grad) for name, p in training.named_parameters()}
         by_name = training.grad_norms_by_parameter()
         norm = training.clip(max_norm)
-        clipped = {name: whole(p.grad) for name, p in training.module.named_parameters()}
+        clipped = {name: whole(p.grad) for name, p in training.named_parameters()}
         training.step()
         training.zero_grad()
         found["steps"].append(
-            {"loss": sum(losses), "gradients": gradients, "norm": norm, "by_name": by_name, "clipped": clipped}
+            {"loss": loss, "gradients": gradients, "norm": norm, "by_name": by_name, "clipped": clipped}
         )
-    found["final"] = {name: whole(p) for name, p in training.module.named_parameters()}
-    with torch.no_grad(), training.evaluation_context():
-        found["evaluation"] = training.model(micro_batches(99, 0, 1)[0])
+    found["final"] = {name: whole(p) for name, p in training.named_parameters()}
+    found["evaluation"] = training.evaluate({"tokens": micro_batches(99, 0, 1)[0]})
     return found
 
 

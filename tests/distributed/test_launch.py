@@ -170,6 +170,69 @@ def test_a_failing_rank_is_started_again_and_resumes(launch, tmp_path, tiny, mon
     assert "step-2" in (tmp_path / "run" / "logs" / "rank-0.2.out").read_text()
 
 
+FAULTS = """
+import os, time
+from pathlib import Path
+from scatterfold.moe.training import Constant
+
+class Fault(Constant):
+    \"\"\"Rank 1 raises, dies or hangs in step 2 of its first life.\"\"\"
+
+    def __call__(self, step, total_steps):
+        mark = Path(os.environ["MARK"])
+        if step == 2 and os.environ["RANK"] == "1" and not mark.exists():
+            mark.touch()
+            if os.environ["FAULT"] == "raise":
+                raise ZeroDivisionError("by design")
+            if os.environ["FAULT"] == "kill":
+                os.kill(os.getpid(), 9)
+            while os.environ["FAULT"] == "hang":
+                time.sleep(0.1)
+        return super().__call__(step, total_steps)
+"""
+
+
+@pytest.fixture
+def launch_with_fault(launch, tmp_path, tiny, monkeypatch):
+    """`launch_with_fault(kind, *flags, run=…, **overrides)`: two ranks, of which rank 1 fails once."""
+    (tmp_path / "faults.py").write_text(FAULTS)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("MARK", str(tmp_path / "mark"))
+
+    def start(kind, *flags, overrides=()):
+        monkeypatch.setenv("FAULT", kind)
+        words = ["schedule=constant", "schedule._target_=faults.Fault", "layout.dp_shard=2", "layout.ep=2", *overrides]
+        return launch("--nproc-per-node", 2, *flags, "train", *tiny, "trainer.checkpoint_every=1", *words)
+
+    return start
+
+
+def test_when_one_rank_raises_all_end_with_its_words(launch_with_fault, tmp_path):
+    start = time.monotonic()
+    code, _, err = launch_with_fault("raise", overrides=["run_dir=run"])
+    assert code == 1 and time.monotonic() - start < 60
+    (line,) = err.splitlines()
+    assert "ZeroDivisionError: by design (rank 1; its traceback is in run/logs/rank-1.err)" in line
+    assert "by design" in (tmp_path / "run" / "logs" / "rank-1.err").read_text()
+
+
+def test_a_killed_rank_is_started_again_and_the_curve_goes_on_exactly(launch_with_fault, tmp_path):
+    code, _, err = launch_with_fault("kill", "--max-restarts", 1, overrides=["run_dir=killed", "trainer.steps=5"])
+    assert code == 0, err
+    assert (tmp_path / "mark").exists()
+    code, _, err = launch_with_fault("none", overrides=["run_dir=whole", "trainer.steps=5"])
+    assert code == 0, err
+    assert losses(tmp_path / "killed") == losses(tmp_path / "whole") and len(losses(tmp_path / "whole")) == 5
+
+
+def test_a_rank_that_hangs_is_named_with_its_stack(launch_with_fault, tmp_path):
+    code, _, err = launch_with_fault("hang", overrides=["run_dir=run", "trainer.hang_timeout_s=4"])
+    assert code == 1
+    (line,) = err.splitlines()
+    assert "rank 1 hangs at" in line and "faults.py" in line and "rank 0 waits in" in line
+    assert "time.sleep(0.1)" in (tmp_path / "run" / "logs" / "rank-1.err").read_text()
+
+
 FAKES = {
     "scontrol": "echo localhost; echo another-host\n",
     # Two machines, which are both this one.

@@ -107,7 +107,7 @@ def config(tmp_path_factory):
             "z_loss": 0.001,
         },
         "experts": {"_target_": "scatterfold.moe.Experts"},
-        "dispatcher": {"_target_": "scatterfold.parallel.dispatchers.LocalDispatcher"},
+        "dispatcher": {"_target_": "scatterfold.parallel.dispatchers.AllToAllDispatcher"},
         "data": {
             "path": str(folder),
             "sequence_length": 32,
@@ -138,22 +138,30 @@ def sharded(config):
     return {**copy.deepcopy(config), "layout": {"dp_shard": 2}}
 
 
+LAYOUTS = {
+    "copies": {},
+    "shards": {"dp_shard": 2},
+    "tensor": {"tp": 2, "ep": 2},
+    "context": {"cp": 2, "etp": 2},
+    "pipeline": {"pp": 2},
+}
+
+
 @pytest.fixture(scope="module")
-def runs(torchrun, config, sharded, tmp_path_factory):
-    """One process; two copies (DDP); two shards (FSDP2); and two copies of which one is told to stop."""
+def runs(torchrun, config, tmp_path_factory):
+    """One process; two in each layout; and two copies of which one is told to stop."""
     folder = tmp_path_factory.mktemp("runs")
     train(config, folder / "alone")
     done = torchrun(
         folder,
-        (config, folder / "copies", "none"),
-        (sharded, folder / "shards", "none"),
+        *(({**config, "layout": layout}, folder / name, "none") for name, layout in LAYOUTS.items()),
         (config, folder / "stopped", "SIGTERM"),
     )
     assert done.returncode == 0, done.stderr
     return folder
 
 
-@pytest.mark.parametrize("layout", ["copies", "shards"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_two_processes_have_the_curve_of_one(runs, layout):
     assert results(runs / layout) == [[True, 10], [True, 10]]
     assert_close_run(metrics(runs / layout), metrics(runs / "alone"))

@@ -27,9 +27,9 @@ def config(**model):
 def test_a_config_becomes_a_model():
     plan = ModelPlan.from_config(config(), vocab_size=30)
     model = plan.make_model("selective")
-    assert model.blocks[0].mlp.experts.activation == "geglu"
-    assert model.blocks[0].mlp.router.top_k == 2
-    assert model.blocks[0].checkpointing == "selective"
+    assert model.blocks["0"].mlp.experts.activation == "geglu"
+    assert model.blocks["0"].mlp.router.top_k == 2
+    assert model.blocks["0"].checkpointing == "selective"
     assert model(torch.zeros(1, 3, dtype=torch.int64)).shape == (1, 3, 30)
     assert plan.is_moe and plan.counts().total == sum(parameter.numel() for parameter in model.parameters())
 

@@ -26,7 +26,7 @@ def make_layer(router=None, seed=0, **kwargs):
 
 def loop_layer(layer, hidden, threshold=None):
     """Router, SwiGLU experts and weighted sum in scalar Python."""
-    w_in, w_out = layer.experts.w_in.tolist(), layer.experts.w_out.tolist()
+    w_in, w_out = layer.experts.w_in.flatten(1, 2).tolist(), layer.experts.w_out.tolist()
     rows = []
     for x in hidden.tolist():
         logits = [sum(w * v for w, v in zip(row, x)) for row in layer.router.weight.tolist()]
@@ -78,10 +78,10 @@ def test_gradients_by_finite_differences(router):
 def test_equal_experts_and_weights_that_sum_to_one_are_the_dense_mlp():
     layer = make_layer(TopKRouter(D, E, 3))
     with torch.no_grad():
-        layer.experts.w_in.copy_(layer.experts.w_in[:1].clone().expand(E, -1, -1))
+        layer.experts.w_in.copy_(layer.experts.w_in[:1].clone().expand(E, -1, -1, -1))
         layer.experts.w_out.copy_(layer.experts.w_out[:1].clone().expand(E, -1, -1))
     x = torch.randn(20, D)
-    gate, up = (x @ layer.experts.w_in[0].T).chunk(2, dim=-1)
+    gate, up = (x @ matrix.T for matrix in layer.experts.w_in[0])
     torch.testing.assert_close(layer(x), (nn.functional.silu(gate) * up) @ layer.experts.w_out[0].T)
 
 

@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 from scatterfold.kernels import ConfigError, Routing, moe_mlp
-from scatterfold.parallel import Layout, Process
+from scatterfold.parallel import Process
 from scatterfold.parallel.engines import TorchEngine
+from scatterfold.parallel.plan import ShardingPlan
 
 
 class Layer(nn.Module):
@@ -43,20 +44,16 @@ def sgd(model):
 
 def prepare(engine=None, **options):
     model = Model()
-    process, layout = options.pop("process", Process()), options.pop("layout", Layout())
-    engine = engine or TorchEngine()
-    return engine.prepare(model, sgd, process=process, layout=layout, units=list(model.layers), **options)
+    plan = ShardingPlan(units=list(model.layers))
+    return (engine or TorchEngine()).prepare(model, sgd, process=Process(), plan=plan, **options)
 
 
 def inputs():
     return torch.randn(4, 6, 8, generator=torch.Generator().manual_seed(1))
 
 
-def accumulate(engine, batches):
-    for index, batch in enumerate(batches):
-        with engine.forward_context(last_micro_batch=index == len(batches) - 1):
-            loss = engine.model(batch)
-        engine.backward(loss)
+def accumulate(engine, batches, scale=1.0):
+    return engine.run([{"x": batch} for batch in batches], scale)
 
 
 def gradients(module):
@@ -69,27 +66,27 @@ def test_one_step_is_plain_torch():
     accumulate(engine, inputs())
     for batch in inputs():
         model(batch).backward()
-    torch.testing.assert_close(gradients(engine.module), gradients(model), rtol=0, atol=0)
+    torch.testing.assert_close(gradients(engine.parts[0]), gradients(model), rtol=0, atol=0)
     expected = torch.stack([p.grad.double().norm() for p in model.parameters()])
     assert engine.grad_norms_by_parameter() == pytest.approx(
         dict(zip(dict(model.named_parameters()), expected.tolist()))
     )
     assert float(engine.clip(None)) == pytest.approx(float(expected.norm()), rel=1e-6)
-    torch.testing.assert_close(gradients(engine.module), gradients(model), rtol=0, atol=0)
+    torch.testing.assert_close(gradients(engine.parts[0]), gradients(model), rtol=0, atol=0)
     assert float(engine.clip(0.5)) == pytest.approx(float(nn.utils.clip_grad_norm_(model.parameters(), 0.5)), rel=1e-6)
-    torch.testing.assert_close(gradients(engine.module), gradients(model))
+    torch.testing.assert_close(gradients(engine.parts[0]), gradients(model))
     assert float(engine.clip(0.6)) == pytest.approx(0.5, rel=1e-5)
     engine.step(), optimizer.step()
-    torch.testing.assert_close(engine.module.state_dict(), model.state_dict())
+    torch.testing.assert_close(engine.parts[0].state_dict(), model.state_dict())
     engine.zero_grad()
-    assert all(parameter.grad is None for parameter in engine.module.parameters())
+    assert all(parameter.grad is None for parameter in engine.parts[0].parameters())
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_gradient_that_is_not_finite_shows_in_the_norm_and_nowhere_else(value):
     engine = prepare()
     accumulate(engine, inputs())
-    engine.module.layers[1].w_in.grad[1, 0, 0] = value
+    engine.parts[0].layers[1].w_in.grad[1, 0, 0] = value
     assert not torch.isfinite(engine.clip(1.0))
     norms = engine.grad_norms_by_parameter()  # clipping has left the others alone, so the culprit can be named
     assert [name for name, norm in norms.items() if not math.isfinite(norm)] == ["layers.1.w_in"]
@@ -107,19 +104,17 @@ def test_bf16_is_autocast_over_float32_parameters():
     with torch.autocast("cpu", torch.bfloat16):
         losses = [model(batch) for batch in inputs()]
     sum(losses).backward()
-    assert {p.dtype for p in engine.module.parameters()} == {torch.float32}
-    torch.testing.assert_close(gradients(engine.module), gradients(model))
-    with torch.no_grad(), engine.evaluation_context():
-        assert engine.model(inputs()[0]) == losses[0]
-    with torch.no_grad(), prepare().evaluation_context():
-        assert engine.model(inputs()[0]) != losses[0]
+    assert {p.dtype for p in engine.parts[0].parameters()} == {torch.float32}
+    torch.testing.assert_close(gradients(engine.parts[0]), gradients(model))
+    assert engine.evaluate({"x": inputs()[0]}) == losses[0]
+    assert prepare().evaluate({"x": inputs()[0]}) != losses[0]
 
 
 def test_compiled_equals_eager():
     compiled, eager = prepare(TorchEngine(compile_backend="aot_eager"), compile=True), prepare()
     for engine in (compiled, eager):
         accumulate(engine, inputs())
-    torch.testing.assert_close(gradients(compiled.module), gradients(eager.module))
+    torch.testing.assert_close(gradients(compiled.parts[0]), gradients(eager.parts[0]))
     assert compiled.state_dict().keys() == eager.state_dict().keys()
 
 
@@ -139,9 +134,9 @@ def test_a_model_on_the_meta_device_is_created_from_the_seed():
                 self.weight.fill_(seed)
                 self.bias.fill_(-seed)
 
-    engine = TorchEngine().prepare(Fresh(2, 2, device="meta"), sgd, process=Process(), layout=Layout(), seed=7)
-    assert engine.module.weight.device.type == "cpu"
-    assert engine.module.weight.eq(7).all() and engine.module.bias.eq(-7).all()
+    engine = TorchEngine().prepare(Fresh(2, 2, device="meta"), sgd, process=Process(), seed=7)
+    assert engine.parts[0].weight.device.type == "cpu"
+    assert engine.parts[0].weight.eq(7).all() and engine.parts[0].bias.eq(-7).all()
 
 
 @pytest.mark.parametrize(
@@ -149,7 +144,10 @@ def test_a_model_on_the_meta_device_is_created_from_the_seed():
     [
         (lambda: TorchEngine(bucket_mb=0), "engine.bucket_mb=0 is out of range, allowed: above 0"),
         (lambda: prepare(precision="fp8"), "trainer.precision='fp8' is unknown, allowed: fp32, bf16"),
-        (lambda: prepare(layout=Layout(dp_shard=2)), "layout.dp_shard=2 does not divide the 1 rank"),
+        (
+            lambda: TorchEngine(pipeline_schedule="2f2b"),
+            "engine.pipeline_schedule='2f2b' is unknown, allowed: 1f1b, gpipe, interleaved, zero_bubble, zero_bubble_v",
+        ),
         (
             lambda: prepare(TorchEngine(compile_backend="gcc"), compile=True),
             "engine.compile_backend='gcc' is unknown, allowed: aot_eager, .*inductor",

@@ -83,7 +83,8 @@ def test_equal_experts_whose_weights_sum_to_one_are_the_dense_mlp(activation):
     torch.manual_seed(0)
     mlp, experts = MLP(8, 12, activation), Experts(4, 8, 12, activation)
     with torch.no_grad():
-        experts.w_in.copy_(mlp.w_in.weight.expand_as(experts.w_in))
+        rows = [linear.weight for linear in (mlp.w_gate, mlp.w_up) if linear is not None]
+        experts.w_in.copy_(torch.cat(rows).view(experts.w_in.shape[1:]).expand_as(experts.w_in))
         experts.w_out.copy_(mlp.w_out.weight.expand_as(experts.w_out))
     layer = MoELayer(TopKRouter(8, 4, 3, renormalise=True), experts, shared=None)
     x = torch.randn(2, 5, 8)

@@ -39,6 +39,8 @@ NAMES = {
     "mlp.experts.down_proj": "mlp.experts.w_out",
     "mlp.shared_expert_gate": "mlp.shared.gate",
     "mlp.shared_expert.": "mlp.shared.",
+    "gate_proj": "w_gate",
+    "up_proj": "w_up",
     "down_proj": "w_out",
 }
 
@@ -61,9 +63,8 @@ def copy_weights(theirs, ours):
         for old, new in NAMES.items():
             name = name.replace(old, new)
         state[name] = value
-    for name in [name for name in state if "gate_proj" in name]:
-        gate, up = state.pop(name), state.pop(name.replace("gate_proj", "up_proj"))
-        state[name.replace("gate_proj", "w_in")] = torch.cat((gate, up))
+    for name in [name for name in state if name.endswith("experts.w_in")]:
+        state[name] = state[name].view_as(ours.get_parameter(name))
     if ours.head is None:
         state.pop("head.weight")
     ours.load_state_dict(state, strict=True)

@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from scatterfold import Experts, ModelConfig, TopKRouter, Transformer
 from scatterfold.moe.build import ModelPlan
 from scatterfold.moe.models import count_model
+from scatterfold.moe.models.counts import layer_costs
 
 PRESETS = Path(__file__).resolve().parents[3] / "configs" / "model"
 SHAPE = {"vocab_size": 40, "layers": 4, "width": 16, "heads": 4, "kv_heads": 2, "max_positions": 32, "ffn_width": 24}
@@ -76,6 +77,24 @@ def test_a_window_bounds_what_attention_costs():
     seen = (1 + 2 + 3 * 6) / 8
     counts = count_model(config, sequence_length=8)
     assert counts.flops_per_token == 6 * (counts.active - counts.embedding) + 12 * 4 * 16 * seen
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_layers_and_head_cost_what_the_model_costs(name):
+    config = ModelConfig(**SHAPE, **VARIANTS[name])
+    counts = count_model(config, experts_per_token=2, sequence_length=8)
+    costs, head = layer_costs(config, experts_per_token=2, sequence_length=8)
+    assert len(costs) == config.layers
+    assert sum(costs) + head == pytest.approx(counts.flops_per_token)
+    if name == "everything":
+        assert costs[0] != costs[1] == costs[2]  # dense, then MoE
+
+
+def test_a_pipeline_splits_by_what_layers_cost():
+    plan = plan_of("qwen3_30b_a3b", 8)
+    split = plan.split(4, sequence_length=4096)
+    assert [len(stage) for stage in split] == [13, 13, 13, 9]  # the head costs as much as 4.2 layers
+    assert plan.split(1) == [range(plan.config.layers)]
 
 
 def plan_of(preset, top_k):

@@ -22,12 +22,12 @@ def test_steps_are_counted_in_all_and_in_a_row():
 
 def test_the_first_bad_layer_is_named():
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2))
-    with FirstNonFiniteOutput(model) as looked:
+    with FirstNonFiniteOutput([model]) as looked:
         model(torch.ones(1, 2))
     assert looked.name is None
     with torch.no_grad():
         model[1].weight[0, 0] = math.inf
-    with FirstNonFiniteOutput(model) as looked:
+    with FirstNonFiniteOutput([model]) as looked:
         model(torch.ones(1, 2))
     assert looked.name == "1"
 

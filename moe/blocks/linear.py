@@ -1,0 +1,18 @@
+"""A projection of which a rank may hold a slice."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...parallel.tensor import local
+
+
+class Linear(nn.Linear):
+    """`nn.Linear` that computes with the slice of its weight that this tp rank holds, the whole one where it is whole.
+
+    Shapes: (..., inputs) -> (..., outputs), whichever of the two is cut.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, local(self.weight), None if self.bias is None else local(self.bias))

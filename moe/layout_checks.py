@@ -1,0 +1,29 @@
+"""Whether a model and its sequences can be cut as a layout asks: said before any process group or memory is taken."""
+
+from __future__ import annotations
+
+from ..kernels import ConfigError
+from ..parallel.context import check_length
+from ..parallel.layout import ResolvedLayout
+from ..parallel.meshes import Meshes
+from .build import ModelPlan
+from .models.config import check_tensor_parallel
+
+
+def check_layout(layout: ResolvedLayout, model: ModelPlan, sequence_length: int) -> None:
+    """Raises: ConfigError that names the first size that does not divide what it cuts, and what is allowed."""
+    config = model.config
+    for name in ("ep", "etp"):
+        size = getattr(layout, name)
+        if size > 1 and not model.is_moe:
+            raise ConfigError(f"layout.{name}={size} with model.num_experts={config.num_experts}, allowed: 1")
+        of, whole = ("num_experts", config.num_experts) if name == "ep" else ("expert_width", config.expert_width)
+        if whole is not None and whole % size:
+            allowed = ", ".join(str(number) for number in range(1, whole + 1) if whole % number == 0)
+            raise ConfigError(f"layout.{name}={size} does not divide model.{of}={whole}, allowed: {allowed}")
+    if model.is_moe:
+        model.make_dispatcher(Meshes(layout))  # refuses what its transport cannot do
+    check_tensor_parallel(config, layout.tp)
+    check_length(sequence_length, layout.cp, layout.tp)
+    if layout.pp > 1 and config.tie_embeddings:
+        raise ConfigError(f"model.tie_embeddings=true with layout.pp={layout.pp}, allowed: false, or layout.pp=1")

@@ -1,0 +1,60 @@
+"""The private names of torch that Scatterfold uses, all of them, so that a new version of torch is tried in one place.
+
+Written against torch 2.11 to 2.13.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch.distributed as dist
+from torch.distributed import ProcessGroup, Store
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.distributed_c10d import _get_default_store, _resolve_process_group
+from torch.distributed.tensor.placement_types import _StridedShard
+
+
+def split_mesh(world: DeviceMesh, sizes: dict[str, int], real: set[str]) -> DeviceMesh:
+    """Arrange the ranks of a 1-D mesh as a grid. Every rank must call it: it makes process groups.
+
+    Several grids may be cut from one mesh; FSDP and tensor parallelism combine only meshes of the same origin.
+
+    Args:
+        sizes: of the dimensions by name, the last the fastest.
+        real: dimensions along which ranks will communicate; the others get a group that does nothing and costs nothing.
+    """
+    # Registers the group that does nothing, under the name "fake".
+    from torch.testing._internal.distributed import fake_pg  # noqa: F401
+
+    unused: dict[str, str] = {name: "fake" for name in sizes if name not in real}
+    return world._unflatten(0, tuple(sizes.values()), tuple(sizes), backend_override=unused)  # type: ignore[arg-type]
+
+
+# How FSDP cuts a dimension that tensor or expert parallelism has cut before.
+StridedShard = _StridedShard
+
+
+def default_store() -> Store:
+    """The key-value store through which the ranks of the default process group met."""
+    return _get_default_store()
+
+
+# torch 2.13 has a new name for it, and warns about the old one.
+all_gather_single = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+
+
+def ring_attention() -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """The forward and backward pass of torch's ring attention, with the zigzag order of `parallel.context` switched on.
+
+    Both take an operator for the attention of one pair of blocks, and tensors of (B, H, S, W).
+    """
+    from torch.distributed.tensor.experimental._context_parallel import _attention as ring
+
+    ring._cp_options.enable_load_balance = True
+    return ring._templated_ring_attention, ring._templated_ring_attention_backward
+
+
+def group_by_name(name: str) -> ProcessGroup:
+    """The process group that torch's functional collectives mean by a name."""
+    return _resolve_process_group(name)

@@ -1,0 +1,161 @@
+"""Finding the rank that stands still: a thread on every rank that notices when training no longer gets on.
+
+A collective waits for every rank, so when one hangs all do, and the others look just as stuck as the culprit. When
+nothing has moved for `timeout_s`, each rank's thread puts down where its main thread is, reads what the others put
+down, and all come to the same verdict: the rank that gives no sign of life, else the ranks that are not waiting in a
+collective, else the collectives in which ranks wait for each other. The process then ends with that one line; the
+stacks go to stderr, which `scatterfold launch` keeps per rank.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from types import FrameType
+
+import torch.distributed as dist
+
+from .process import Process
+from .torch_private import default_store
+
+EXIT_CODE = 1
+_GRACE_S = 15.0  # how long ranks wait for each other's words; they notice at nearly the same time
+
+
+@dataclass(frozen=True)
+class Standing:
+    """Where a rank's main thread is: its innermost line outside of torch, and the collective in which it waits there."""
+
+    rank: int
+    where: str
+    waits_in: str | None
+
+
+class Watchdog:
+    """A context manager around training; does nothing for one process.
+
+        with Watchdog(process, timeout_s=1800, tell=print) as watchdog:
+            for step in range(steps):
+                watchdog.alive()
+                ...
+
+    Args:
+        timeout_s: how long nothing may move. Must cover the longest thing between two calls of `alive`.
+        tell: called with the verdict, one line, before the process ends with exit code 1.
+    """
+
+    def __init__(self, process: Process, timeout_s: float, tell: Callable[[str], None]) -> None:
+        self._process = process
+        self._timeout_s = timeout_s
+        self._tell = tell
+        self._moved = time.monotonic()
+        self._ended = threading.Event()
+        self._main = threading.get_ident()
+        self._thread: threading.Thread | None = None
+
+    def __enter__(self) -> Watchdog:
+        if self._process.world > 1 and dist.is_initialized():
+            # Its own connection: the main thread may be waiting in the store when this thread needs it.
+            store = dist.PrefixStore("scatterfold/watchdog", default_store().clone())
+            self._thread = threading.Thread(target=self._watch, args=(store,), name="watchdog", daemon=True)
+            self._thread.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._ended.set()
+        if self._thread is not None:
+            self._thread.join()
+
+    def alive(self) -> None:
+        """Say that this rank has got on."""
+        self._moved = time.monotonic()
+
+    def _watch(self, store: dist.Store) -> None:
+        interval = min(5.0, self._timeout_s / 4)
+        while not self._ended.wait(interval):
+            if time.monotonic() - self._moved > self._timeout_s:
+                return self._end(store)
+
+    def _end(self, store: dist.Store) -> None:
+        frame = sys._current_frames().get(self._main)
+        own = _standing(self._process.rank, frame)
+        stack = "".join(traceback.format_stack(frame))
+        print(f"rank {self._process.rank} has stood still for {self._timeout_s:g} s at\n{stack}", file=sys.stderr)
+        sys.stderr.flush()
+        try:
+            message = _verdict(self._gather(store, own), self._process.world, self._timeout_s)
+        except Exception as error:  # the rank that keeps the store has ended already
+            message = f"nothing has moved for {self._timeout_s:g} s; rank {own.rank} is at {own.where} ({error})"
+        if self._ended.is_set():  # it moved at the last moment
+            return
+        self._tell(message)
+        os._exit(EXIT_CODE)  # the main thread is inside of a call that may never return
+
+    def _gather(self, store: dist.Store, own: Standing) -> dict[int, Standing]:
+        """What every rank that can still speak says, after giving all of them time to notice."""
+        store.set(str(own.rank), json.dumps(asdict(own)))
+        found: dict[int, Standing] = {}
+        deadline = time.monotonic() + min(_GRACE_S, 2 * self._timeout_s)
+        while len(found) < self._process.world and time.monotonic() < deadline:
+            for rank in range(self._process.world):
+                if rank not in found and store.check([str(rank)]):
+                    found[rank] = Standing(**json.loads(store.get(str(rank))))
+            time.sleep(0.2)
+        # All leave together: the first to end makes the launcher stop the others before they have spoken.
+        store.add("read", 1)
+        while store.add("read", 0) < len(found) and time.monotonic() < deadline + 1.0:
+            time.sleep(0.1)
+        return found
+
+
+def _verdict(standings: dict[int, Standing], world: int, timeout_s: float) -> str:
+    """One line that names the ranks that keep the others waiting."""
+    silent = [rank for rank in range(world) if rank not in standings]
+    if silent:
+        return (
+            f"nothing has moved for {timeout_s:g} s and {_ranks(silent)} {_verb(silent)} no sign of life; "
+            f"{_list(standings.values())}"
+        )
+    busy = [standing for standing in standings.values() if standing.waits_in is None]
+    waiting = [standing for standing in standings.values() if standing.waits_in is not None]
+    if busy and waiting:
+        hanging = ", ".join(f"rank {standing.rank} hangs at {standing.where}" for standing in busy)
+        return f"{hanging}: nothing has moved for {timeout_s:g} s while {_list(waiting)}"
+    return f"nothing has moved for {timeout_s:g} s: {_list(standings.values())}"
+
+
+def _list(standings: Iterable[Standing]) -> str:
+    return ", ".join(
+        f"rank {standing.rank} is at {standing.where}"
+        if standing.waits_in is None
+        else f"rank {standing.rank} waits in {standing.waits_in} at {standing.where}"
+        for standing in standings
+    )
+
+
+def _ranks(ranks: list[int]) -> str:
+    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
+
+
+def _verb(ranks: list[int]) -> str:
+    return "give" if len(ranks) > 1 else "gives"
+
+
+def _standing(rank: int, frame: FrameType | None) -> Standing:
+    """Read a stack from the inside out, up to the first line that is not torch's."""
+    waits_in: str | None = None
+    for inner, line in traceback.walk_stack(frame):
+        path, name = inner.f_code.co_filename, inner.f_code.co_name
+        if f"{os.sep}torch{os.sep}" not in path:
+            return Standing(rank, f"{os.sep.join(path.split(os.sep)[-2:])}:{line} ({name})", waits_in)
+        if waits_in is None and f"{os.sep}distributed{os.sep}" in path:
+            waits_in = name
+        elif waits_in is None and f"{os.sep}autograd{os.sep}" in path:
+            waits_in = "a backward pass"  # a GPU's runs in a thread of its own
+    return Standing(rank, "an unknown place", waits_in)

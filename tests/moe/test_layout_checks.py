@@ -1,0 +1,66 @@
+"""What a layout cannot cut is said in one line, before anything starts."""
+
+import pytest
+
+from scatterfold.kernels import ConfigError
+from scatterfold.moe.build import ModelPlan
+from scatterfold.moe.layout_checks import check_layout
+from scatterfold.parallel import Layout
+
+MODEL = {
+    "vocab_size": 29,
+    "layers": 2,
+    "width": 24,
+    "heads": 6,
+    "kv_heads": 2,
+    "expert_width": 9,
+    "num_experts": 6,
+}
+
+
+def check(world, sequence_length=24, dispatcher="AllToAllDispatcher", **sizes):
+    model = {name: sizes.pop(name) for name in list(sizes) if name in (*MODEL, "ffn_width", "tie_embeddings")}
+    config = {
+        "model": {**MODEL, **model},
+        "router": {"_target_": "scatterfold.moe.routers.TopKRouter", "top_k": 2},
+        "experts": {"_target_": "scatterfold.moe.Experts"},
+        "dispatcher": {"_target_": f"scatterfold.parallel.dispatchers.{dispatcher}"},
+    }
+    check_layout(Layout(**sizes).resolve(world), ModelPlan.from_config(config), sequence_length)
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {},
+        {"ep": 6},
+        {"ep": 2, "etp": 3},
+        {"tp": 2, "cp": 3},
+        {"tp": 2, "ep": 3, "pp": 2},
+        {"dispatcher": "LocalDispatcher", "dp_shard": 12},
+    ],
+)
+def test_what_works(sizes):
+    check(12, **sizes)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"ep": 4}, "layout.ep=4 does not divide model.num_experts=6, allowed: 1, 2, 3, 6"),
+        ({"etp": 2}, "layout.etp=2 does not divide model.expert_width=9, allowed: 1, 3, 9"),
+        ({"ep": 2, "num_experts": 0, "ffn_width": 24}, "layout.ep=2 with model.num_experts=0, allowed: 1"),
+        ({"etp": 3, "num_experts": 1, "ffn_width": 24}, "layout.etp=3 with model.num_experts=1, allowed: 1"),
+        ({"ep": 2, "dispatcher": "LocalDispatcher"}, "dispatcher=local cannot reach the experts of layout.ep=2"),
+        ({"tp": 4}, "layout.tp=4 does not divide model.heads=6"),
+        ({"tp": 3}, "layout.tp=3 does not divide model.kv_heads=2"),
+        ({"tp": 2, "kv_heads": 6, "num_experts": 0, "ffn_width": 25}, "layout.tp=2 does not divide model.ffn_width=25"),
+        ({"cp": 2, "sequence_length": 6}, "a sequence of 6 tokens does not divide into 2 x layout.cp = 4 equal parts"),
+        ({"tp": 2, "sequence_length": 7}, "a sequence of 7 tokens does not divide into layout.cp x layout.tp = 2"),
+        ({"pp": 2, "tie_embeddings": True}, "model.tie_embeddings=true with layout.pp=2, allowed: false, or"),
+    ],
+)
+def test_what_does_not(sizes, message):
+    with pytest.raises(ConfigError) as caught:
+        check(12, **sizes)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
