@@ -103,8 +103,9 @@ def _checked(field: dataclasses.Field, value: Any) -> Any:
     choices, least = field.metadata["choices"], field.metadata["least"]
     if choices and value is not None and value not in choices:
         raise _error(f"{field.name}={value} is unknown{did_you_mean(value, choices)}, allowed: {', '.join(choices)}")
-    if least is not None and value is not None and value < least:
-        raise _error(f"{field.name}={value} is too small, allowed: {least} or more")
+    for number in value if isinstance(value, tuple) else (value,):
+        if least is not None and number is not None and number < least:
+            raise _error(f"{field.name}={number} is too small, allowed: {least} or more")
     return value
 
 

@@ -13,8 +13,11 @@ COMMANDS = {
     "train": "train a model, or sweep over configurations with -m",
     "sample": "write text with a trained model",
     "data": "prepare text corpora",
+    "layout": "show which rank is where, and what its groups communicate",
     "launch": "start several ranks on one machine or many, or write a SLURM script",
     "sweep": "report on the trials of a sweep",
+    "bench": "measure the kernels against their peers",
+    "doctor": "check this machine: backends, versions, numbers of the kernels",
 }
 
 

@@ -126,7 +126,7 @@ def train(config: dict[str, Any], folder: Path) -> float:
     from ..moe.training.run import train as train_run
     from .trial import write_result
 
-    result = train_run({**config, "run_dir": str(folder)}, folder)
+    result = train_run({**config, "run_dir": str(folder)}, folder, tell=lambda message: rank_report.tell(message, 1))
     if rank_report.rank() == 0:
         write_result(result.completed, result.valid_loss)
     return math.nan if result.valid_loss is None else result.valid_loss

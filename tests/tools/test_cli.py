@@ -16,6 +16,10 @@ COMMAND_LINES = [
     ["launch"],
     ["sweep"],
     ["sweep", "report"],
+    ["bench"],
+    ["bench", "kernels"],
+    ["bench", "kernels", "report"],
+    ["doctor"],
 ]
 
 
@@ -41,6 +45,7 @@ def test_every_command_explains_itself_with_an_example(scatterfold, words):
         (["trian"], "trian is no command (did you mean train?)"),
         (["zzz"], "zzz is no command, allowed: train"),
         (["data", "prepair"], "data prepair is no command (did you mean prepare?)"),
+        (["bench", "kernel"], "bench kernel is no command (did you mean kernels?)"),
         (["sweep", "reprot"], "sweep reprot is no command (did you mean report?)"),
         (["launch", "trian"], "'trian' cannot be launched (did you mean train?)"),
         (["launch", "--nproc", "2", "train"], "--nproc"),
@@ -55,7 +60,13 @@ def test_an_unknown_command_is_one_line_and_exit_code_2(scatterfold, words, expe
 
 
 def test_help_does_not_wait_for_torch_or_hydra(tmp_path):
-    for words in (["--help"], ["train", "--help"], ["sample", "--help"], ["sweep", "report", "--help"]):
+    for words in (
+        ["--help"],
+        ["train", "--help"],
+        ["sample", "--help"],
+        ["sweep", "report", "--help"],
+        ["doctor", "--help"],
+    ):
         code = (
             "import sys; from scatterfold.tools.cli import main; code = main(sys.argv[1:]);"
             "print([name for name in ('torch', 'hydra', 'numpy') if name in sys.modules]); sys.exit(code)"

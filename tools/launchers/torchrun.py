@@ -160,6 +160,8 @@ class _Group:
     def _environment(self) -> Iterator[None]:
         """What the ranks inherit: the run folder and where to leave word. torch's own warnings stay out of sight."""
         given = {VARIABLE: str(self.folder), rank_report.FOLDER: str(self.meeting)}
+        # Ranks that are started again must not find the addresses of those that died, so they meet at a new store.
+        given["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
         before = {name: os.environ.get(name) for name in given}
         os.environ.update(given)
         disabled = logging.root.manager.disable

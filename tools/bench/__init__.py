@@ -1,0 +1,5 @@
+"""`scatterfold bench`: measured speed and memory."""
+
+from .command import main
+
+__all__ = ["main"]

@@ -1,0 +1,1 @@
+"""`scatterfold bench dispatch`: what token dispatch sends, and how long a layer takes."""

@@ -1,0 +1,5 @@
+"""`scatterfold doctor`: what this machine can do, and whether it computes correctly."""
+
+from .command import main
+
+__all__ = ["main"]
