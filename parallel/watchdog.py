@@ -30,7 +30,7 @@ _GRACE_S = 15.0  # how long ranks wait for each other's words; they notice at ne
 
 @dataclass(frozen=True)
 class Standing:
-    """Where a rank's main thread is: its innermost line outside of torch, and the collective in which it waits there."""
+    """Where the main thread of a rank is: its innermost line outside of torch, and the collective it waits in there."""
 
     rank: int
     where: str

@@ -42,8 +42,8 @@ PLUGINS = Path(__file__).resolve().parent / "hydra_path"
 # config.yaml has no defaults list that could say it.
 HYDRA_DEFAULTS = {
     "hydra/launcher": "scatterfold_trials",
-    "hydra/hydra_logging": "disabled",
-    "hydra/job_logging": "disabled",
+    "hydra/hydra_logging": "none",
+    "hydra/job_logging": "none",
     "hydra.output_subdir": "null",
     "hydra.sweep.dir": "multirun/${now:%Y-%m-%d}_${now:%H-%M-%S}",
 }

@@ -206,6 +206,21 @@ def test_routing_tables(kernels, dropped):
         assert torch.equal(table, getattr(expected, name).to(table.dtype)), name
 
 
+@pytest.mark.parametrize("dropped", [0.0, 0.3])
+def test_routing_tables_of_a_list(kernels, dropped, monkeypatch):
+    tokens, experts = 20000, 128
+    token, expert = (torch.rand(tokens, experts, device=DEVICE) < 0.06).nonzero(as_tuple=True)
+    shuffle = torch.randperm(token.numel(), device=DEVICE)
+    token, expert, weight = token[shuffle], expert[shuffle], torch.rand(token.numel(), device=DEVICE)
+    keep = torch.rand(token.numel(), device=DEVICE) >= dropped
+    made = []
+    for forced in ("triton", "torch"):
+        monkeypatch.setenv("SCATTERFOLD_BACKEND", forced)
+        made.append(Routing.from_assignments(token, expert, weight, tokens, experts, keep))
+    for name in ("token", "weight", "expert_offsets", "assignment", "token_offsets"):
+        assert torch.equal(*(getattr(routing, name) for routing in made)), name
+
+
 def test_grouped_mm_and_scatter2scatter(kernels):
     x, w_in, _, _ = tensors(4096, 512, 256, 16, torch.bfloat16)
     routing = route(4096, 16, 4)

@@ -114,6 +114,6 @@ def test_a_layer_with_biases_learns_what_one_without_cannot(recompute):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(loss.item())
     assert losses[-1] < 0.01 * losses[0]
     assert layer.experts.b_in.grad.any() or layer.experts.b_out.grad.any()

@@ -18,7 +18,7 @@ def moved(monkeypatch):
         sizes.append(tuple(saved.shape))
         return saved.clone()
 
-    monkeypatch.setattr(offload, "MIN_BYTES", 0)
+    monkeypatch.setattr(offload, "MIN_BYTES", 1)
     monkeypatch.setattr(offload, "_leaves", lambda device: True)
     monkeypatch.setattr(offload, "_to_host", to_host)
     return sizes
@@ -96,6 +96,6 @@ def test_a_changed_tensor_is_moved_again(moved):
 
 
 def test_nothing_moves_on_a_cpu(monkeypatch):
-    monkeypatch.setattr(offload, "MIN_BYTES", 0)
+    monkeypatch.setattr(offload, "MIN_BYTES", 1)
     monkeypatch.setattr(offload, "_to_host", lambda saved: pytest.fail("moved"))
     learn(model_of())

@@ -203,7 +203,7 @@ def test_ctrl_c_leaves_with_130_and_one_line(tmp_path, tiny):
 def test_a_bug_shows_its_traceback_and_exits_1(scatterfold, tiny, monkeypatch):
     from scatterfold.moe.training import run
 
-    def fail(*arguments):
+    def fail(*arguments, **options):
         raise ZeroDivisionError("a bug of ours")
 
     monkeypatch.setattr(run, "train", fail)
@@ -217,7 +217,7 @@ def test_a_run_that_diverged_says_so_without_a_traceback(scatterfold, tiny, monk
     from scatterfold.moe.training import run
     from scatterfold.moe.training.step_guard import NonFiniteError
 
-    def fail(*arguments):
+    def fail(*arguments, **options):
         raise NonFiniteError("step 3: loss nan")
 
     monkeypatch.setattr(run, "train", fail)

@@ -49,7 +49,7 @@ def test_every_layout_has_the_loss_of_one_process_and_its_share_of_the_state(rec
     alone = records["dp_replicate=1"]
     for record in records.values():
         assert record["loss"] == pytest.approx(alone["loss"], rel=1e-5)
-        assert record["step_ms"] > 0 and record["peak_bytes"] > 0
+        assert record["step_ms"] > 0 and record["peak_bytes"] >= 0
     assert records["dp_shard=2"]["state_bytes"] == pytest.approx(alone["state_bytes"] / 2, rel=0.01)
     assert records["cp=2"]["state_bytes"] == alone["state_bytes"]
 

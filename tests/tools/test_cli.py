@@ -13,6 +13,7 @@ COMMAND_LINES = [
     ["sample"],
     ["data"],
     ["data", "prepare"],
+    ["convert"],
     ["launch"],
     ["sweep"],
     ["sweep", "report"],
