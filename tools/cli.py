@@ -13,6 +13,7 @@ COMMANDS = {
     "train": "train a model, or sweep over configurations with -m",
     "sample": "write text with a trained model",
     "data": "prepare text corpora",
+    "convert": "write a trained model in another format",
     "layout": "show which rank is where, and what its groups communicate",
     "launch": "start several ranks on one machine or many, or write a SLURM script",
     "sweep": "report on the trials of a sweep",

@@ -1,4 +1,4 @@
-"""Load a trained model from a run folder or one of its checkpoints."""
+"""Load a trained model from a run folder, one of its checkpoints, or an export."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 
-from ...parallel.checkpoint import load_weights, read_meta
+from ...parallel.checkpoint import load_weights
 from ..build import ModelPlan
 from ..data.tokenizer import Tokenizer, tokenizer_from
+from ..interop.safetensors import is_export
 from ..models.transformer import Transformer
-from .resume import checkpoint_of
+from .resume import weights_of
 
 
 @dataclass(frozen=True)
@@ -38,17 +39,17 @@ def load_model(source: Path, device: torch.device | str = "cpu") -> LoadedModel:
     """Build the model of a checkpoint and read its weights.
 
     Args:
-        source: a run folder (its newest whole checkpoint is taken) or one of its checkpoints.
+        source: a run folder (its newest whole checkpoint is taken), one of its checkpoints, or a folder that
+            `scatterfold convert to=safetensors` wrote.
 
     Raises: CheckpointError if there is no whole checkpoint; DataError if its tokenizer's file is gone or has changed.
     """
-    checkpoint = checkpoint_of(source, "source")
-    meta = read_meta(checkpoint)
-    tokenizer = tokenizer_from(meta["tokenizer"], checkpoint.parent.parent)
+    checkpoint, meta = weights_of(source, "source")
+    tokenizer = tokenizer_from(meta["tokenizer"], checkpoint if is_export(checkpoint) else checkpoint.parent.parent)
     plan = ModelPlan.from_config(meta["config"], tokenizer.vocab_size)
     with torch.device("meta"):
         model = plan.make_model()
     model.to_empty(device=device)
     model.reset_parameters(0)  # also fills what a checkpoint does not hold, such as rotary frequencies
     load_weights(checkpoint, model)
-    return LoadedModel(model.eval(), tokenizer, meta["config"], meta["progress"]["step"], checkpoint)
+    return LoadedModel(model.eval(), tokenizer, meta["config"], meta["step"], checkpoint)

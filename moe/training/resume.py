@@ -15,6 +15,7 @@ from typing import Any
 
 from ...kernels import CheckpointError, ConfigError, DataError
 from ...parallel.checkpoint import find_checkpoint, newest_checkpoint, read_meta
+from ..interop.safetensors import is_export, read_export
 from .progress import Progress
 from .run_folder import RunFolder
 
@@ -69,8 +70,7 @@ def choose_start(config: Mapping[str, Any], folder: RunFolder) -> Start:
     if own is not None:
         return _resumed(own, config)
     if init_from:
-        checkpoint = checkpoint_of(init_from, "init_from")
-        return Start(checkpoint, read_meta(checkpoint), weights_only=True)
+        return Start(*weights_of(init_from, "init_from"), weights_only=True)
     return Start()
 
 
@@ -80,6 +80,15 @@ def checkpoint_of(source: str | Path, option: str) -> Path:
         return find_checkpoint(Path(source).expanduser())
     except CheckpointError as error:
         raise CheckpointError(f"{option}={source}: {error}") from None
+
+
+def weights_of(source: str | Path, option: str) -> tuple[Path, dict[str, Any]]:
+    """The folder of trained weights that an option names and what stands beside them: a checkpoint, or an export."""
+    folder = Path(source).expanduser()
+    if is_export(folder):
+        return folder, read_export(folder)
+    checkpoint = checkpoint_of(source, option)
+    return checkpoint, read_meta(checkpoint)
 
 
 def refuse_changes(before: Mapping[str, Any], now: Mapping[str, Any], checkpoint: Path) -> None:
@@ -98,7 +107,7 @@ def check_same_data(start: Start, tokenizer: Mapping[str, Any], data: Mapping[st
     """Raise DataError if the tokenizer, or for a resumed run the corpus, is not what the checkpoint was trained on."""
     if start.checkpoint is None:
         return
-    trained_with, trained_on = _content(start.meta["tokenizer"]), _content(start.meta["data"])
+    trained_with, trained_on = _content(start.meta["tokenizer"]), _content(start.meta.get("data", {}))
     if trained_with != _content(tokenizer):
         raise DataError(f"data.tokenizer differs from that of {start.checkpoint}, allowed: {start.meta['tokenizer']}")
     now = _content(data)

@@ -1,7 +1,9 @@
 """Checkpoints: written whole or not at all, read by any layout."""
 
 from .checkpointer import Checkpointer
+from .consolidated import WEIGHTS, WEIGHTS_INDEX
 from .read import (
+    WholeTensors,
     check_fits,
     check_whole,
     checkpoints,
@@ -15,7 +17,10 @@ from .read import (
 from .state import model_state, optimizer_state
 
 __all__ = [
+    "WEIGHTS",
+    "WEIGHTS_INDEX",
     "Checkpointer",
+    "WholeTensors",
     "check_fits",
     "check_whole",
     "checkpoints",

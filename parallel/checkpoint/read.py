@@ -26,6 +26,7 @@ from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 
 from ...kernels.errors import CheckpointError
 from ..process import together
+from .consolidated import consolidated_shapes, is_consolidated, read_consolidated
 from .state import model_state
 
 META = "meta.json"
@@ -115,7 +116,9 @@ def find_checkpoint(source: Path) -> Path:
 
 
 def read_shapes(path: Path) -> dict[str, torch.Size]:
-    """Names and shapes of all tensors of a checkpoint."""
+    """Names and shapes of all tensors of a checkpoint, or of consolidated weights."""
+    if is_consolidated(path):
+        return consolidated_shapes(Path(path))
     return {name: entry.size for name, entry in _read_index(path).state_dict_metadata.items()}  # type: ignore[union-attr]
 
 
@@ -151,6 +154,7 @@ def load(path: Path, state: dict[str, Tensor], alone: bool = False, elsewhere: C
     """Read tensors in place, each rank its own shards, after checking that the files are intact and fit.
 
     Args:
+        path: a checkpoint, or a folder of consolidated weights, which knows no checksums.
         state: live tensors by name, as `model_state` gives them.
         alone: this rank reads by itself and the others do not take part.
         elsewhere: names of tensors that other ranks read.
@@ -158,21 +162,52 @@ def load(path: Path, state: dict[str, Tensor], alone: bool = False, elsewhere: C
     Raises: CheckpointError, on every rank, with nothing changed.
     """
     path = Path(path)
+    consolidated = is_consolidated(path)
     grouped = not alone and dist.is_available() and dist.is_initialized()
     rank, world = (dist.get_rank(), dist.get_world_size()) if grouped else (0, 1)
 
     def check() -> None:
-        _check_sums(path, check_whole(path)["files"], rank, world)
+        if not consolidated:
+            _check_sums(path, check_whole(path)["files"], rank, world)
         check_fits(path, state, elsewhere)
 
     def read() -> None:
         try:
-            dcp_load(dict(state), storage_reader=_Reader(path), no_dist=True)
+            if consolidated:
+                read_consolidated(path, state)
+            else:
+                dcp_load(dict(state), storage_reader=_Reader(path, _read_index(path)), no_dist=True)
         except CheckpointException as error:
             raise CheckpointError(f"{path} cannot be read: {first_failure(error)}") from None
 
     for action in (check, read):
         together(action) if grouped else action()
+
+
+class WholeTensors:
+    """The tensors of a checkpoint one at a time, whole, on this process alone and whatever layout wrote them.
+
+    Raises: CheckpointError if a file is missing or damaged.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = Path(path)
+        _check_sums(self._path, check_whole(self._path)["files"], 0, 1)
+        self._index = _read_index(self._path)
+        self._reader = _Reader(self._path, self._index)
+
+    def empty(self, name: str, device: str = "cpu") -> Tensor:
+        """Memory in the shape and dtype of a tensor; on the device `meta`, none."""
+        entry = self._index.state_dict_metadata[name]
+        return torch.empty(entry.size, dtype=entry.properties.dtype, device=device)  # type: ignore[union-attr]
+
+    def __getitem__(self, name: str) -> Tensor:
+        tensor = self.empty(name)
+        try:
+            dcp_load({name: tensor}, storage_reader=self._reader, no_dist=True)
+        except CheckpointException as error:
+            raise CheckpointError(f"{self._path} cannot be read: {first_failure(error)}") from None
+        return tensor
 
 
 def load_weights(path: Path, module: nn.Module) -> None:
@@ -208,10 +243,14 @@ def _check_sums(path: Path, files: Mapping[str, tuple[int, int]], rank: int, wor
 
 
 class _Reader(FileSystemReader):
-    """DCP's reader, with the index read safely."""
+    """DCP's reader, with an index that was read safely."""
+
+    def __init__(self, path: Path, index: Metadata) -> None:
+        super().__init__(path)
+        self._index = index
 
     def read_metadata(self) -> Metadata:  # type: ignore[override]
-        return _read_index(Path(self.path))
+        return self._index
 
 
 _SAFE = {
