@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from ..kernels import ConfigError
 from ..parallel.context import check_length
 from ..parallel.layout import ResolvedLayout
@@ -27,3 +29,21 @@ def check_layout(layout: ResolvedLayout, model: ModelPlan, sequence_length: int)
     check_length(sequence_length, layout.cp, layout.tp)
     if layout.pp > 1 and config.tie_embeddings:
         raise ConfigError(f"model.tie_embeddings=true with layout.pp={layout.pp}, allowed: false, or layout.pp=1")
+
+
+def check_ring(model: ModelPlan, sequence_length: int, *, device: str, precision: str, pack_documents: bool) -> None:
+    """What ring attention needs (see `parallel.ring`). Raises: ConfigError that names the first thing that it lacks."""
+    window, head_width = model.config.sliding_window, model.config.head_size
+    reason = None
+    if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
+        reason = "runs on CUDA only", "gather"
+    elif precision != "bf16":
+        reason = f"cannot compute with trainer.precision={precision}", "trainer.precision=bf16, or gather"
+    elif pack_documents:
+        reason = "cannot keep packed documents apart", "data.pack_documents=false, or gather"
+    elif window is not None and window < sequence_length:
+        reason = f"knows no model.sliding_window={window}", "gather"
+    elif head_width % 8:
+        reason = f"cannot compute heads of width {head_width}", "a multiple of 8, or gather"
+    if reason is not None:
+        raise ConfigError(f"trainer.context_attention=ring {reason[0]}, allowed: {reason[1]}")

@@ -26,7 +26,7 @@ from ..build import ModelPlan
 from ..components import build, check
 from ..data import Data, DataSettings, open_data, open_tokenizer
 from ..data.batches import Share
-from ..layout_checks import check_layout
+from ..layout_checks import check_layout, check_ring
 from ..sharding import sharding_plan
 from .display import Display, make_display, quantity
 from .environment import describe_environment
@@ -112,6 +112,14 @@ class RunPlan:
         """The layout over so many ranks. Raises: ConfigError if ranks, model or data cannot be cut that way."""
         layout = self.layout.resolve(world)
         check_layout(layout, self.model, self.data.sequence_length)
+        if layout.cp > 1 and self.trainer.context_attention == "ring":
+            check_ring(
+                self.model,
+                self.data.sequence_length,
+                device=self.trainer.device,
+                precision=self.trainer.precision,
+                pack_documents=self.data.pack_documents,
+            )
         share = Share.of(self.data.global_batch_size, self.data.micro_batch_size, 0, layout.data)
         stages = self.engine.schedule.stages(layout.pp)
         self.model.split(stages, self.data.sequence_length)

