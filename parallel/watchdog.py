@@ -56,6 +56,7 @@ class Watchdog:
         self._tell = tell
         self._moved = time.monotonic()
         self._ended = threading.Event()
+        self._ending = threading.Event()
         self._main = threading.get_ident()
         self._thread: threading.Thread | None = None
 
@@ -68,7 +69,9 @@ class Watchdog:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._ended.set()
+        # What other ranks raise when the first of them ends must not keep this one from saying why it does.
+        if exception[0] is None or not self._ending.is_set():
+            self._ended.set()
         if self._thread is not None:
             self._thread.join()
 
@@ -83,6 +86,7 @@ class Watchdog:
                 return self._end(store)
 
     def _end(self, store: dist.Store) -> None:
+        self._ending.set()
         frame = sys._current_frames().get(self._main)
         own = _standing(self._process.rank, frame)
         stack = "".join(traceback.format_stack(frame))
@@ -95,6 +99,7 @@ class Watchdog:
         if self._ended.is_set():  # it moved at the last moment
             return
         self._tell(message)
+        sys.stdout.flush()
         os._exit(EXIT_CODE)  # the main thread is inside of a call that may never return
 
     def _gather(self, store: dist.Store, own: Standing) -> dict[int, Standing]:
