@@ -9,7 +9,7 @@ from .torch_private import StridedShard
 
 
 def local_part(tensor: Tensor) -> Tensor:
-    """This rank's part; a plain tensor is whole."""
+    """This rank's part, which gradients flow through; a plain tensor is whole."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 

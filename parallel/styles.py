@@ -12,7 +12,7 @@ from torch.distributed.tensor.parallel import ParallelStyle
 
 
 class CutParameters(ParallelStyle):
-    """Make parameters DTensors that are cut over the tp ranks; the module computes with `parallel.tensor.local(…)`.
+    """Make parameters DTensors that are cut over the tp ranks; the module computes with `local_part(…)`.
 
     torch's ColwiseParallel and RowwiseParallel cut weights alike, but also turn activations into DTensors.
 

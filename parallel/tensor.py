@@ -14,18 +14,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.distributed.tensor import DTensor
 
 from ..kernels.untraced import untraced
-
-# torch 2.13 renamed them.
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-
-
-def local(parameter: Tensor) -> Tensor:
-    """This rank's part of a parameter, which gradients flow through; a plain tensor as it is."""
-    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+from .torch_private import all_gather_single, reduce_scatter_single
 
 
 def gather_sequence(part: Tensor, group: dist.ProcessGroup | None) -> Tensor:
@@ -72,13 +63,13 @@ def sum_shares(share: Tensor, group: dist.ProcessGroup) -> Tensor:
 def all_gather(part: Tensor, group: dist.ProcessGroup) -> Tensor:
     """`gather_rows` without a gradient."""
     out = part.new_empty(dist.get_world_size(group) * part.shape[0], *part.shape[1:])
-    _all_gather(out, part.contiguous(), group=group)
+    all_gather_single(out, part.contiguous(), group=group)
     return out
 
 
 def _scatter(partial: Tensor, group: dist.ProcessGroup) -> Tensor:
     out = partial.new_empty(partial.shape[0] // dist.get_world_size(group), *partial.shape[1:])
-    _reduce_scatter(out, partial.contiguous(), group=group)
+    reduce_scatter_single(out, partial.contiguous(), group=group)
     return out
 
 

@@ -40,8 +40,9 @@ def default_store() -> Store:
     return _get_default_store()
 
 
-# torch 2.13 has a new name for it, and warns about the old one.
+# torch 2.13 has new names for them, and warns about the old ones.
 all_gather_single = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+reduce_scatter_single = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 
 
 def ring_attention() -> tuple[Callable[..., Any], Callable[..., Any]]:

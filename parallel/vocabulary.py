@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..kernels.cross_entropy import CHUNK_ELEMENTS, IGNORE
-from .tensor import all_gather, gather_rows, local, scatter_rows, sequence_parts
+from .shards import local_part
+from .tensor import all_gather, gather_rows, scatter_rows, sequence_parts
 
 
 def embed(tokens: Tensor, table: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -24,7 +25,7 @@ def embed(tokens: Tensor, table: Tensor, group: dist.ProcessGroup) -> Tensor:
 
     Returns: (B, S / TP, D), consecutive tokens.
     """
-    rows = local(table)
+    rows = local_part(table)
     row = sequence_parts(tokens, group) - _first_row(table.shape[0], group)
     is_here = (row >= 0) & (row < rows.shape[0])
     if rows.shape[0] == 0:  # a vocabulary of fewer tokens than ranks; the gradient has to flow all the same
@@ -62,7 +63,7 @@ def parallel_linear_cross_entropy(
     with torch.autocast(device, enabled=False):
         return _ParallelCrossEntropy.apply(
             gather_rows(hidden.flatten(0, 1), group),
-            local(weight),
+            local_part(weight),
             sequence_parts(labels, group).flatten(),
             _first_row(vocabulary, group),
             group,

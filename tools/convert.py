@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from .arguments import argument, parse, usage, wants_help
-from .errors import guarded
+from .arguments import argument
+from .subcommands import run_command
 
 if TYPE_CHECKING:
     from ..moe.interop.safetensors import ExportReceipt
@@ -45,11 +45,7 @@ class Convert:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    if wants_help(words):
-        print(usage(Convert))
-        return 0
-    return guarded(lambda: _run(parse(Convert, words)))
+    return run_command(Convert, _run, argv)
 
 
 def _run(settings: Convert) -> int:

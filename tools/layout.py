@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from .arguments import argument, parse, usage, wants_help
-from .errors import guarded
+from .arguments import argument
+from .subcommands import run_command
 
 if TYPE_CHECKING:
     from ..parallel.layout import ResolvedLayout
@@ -43,11 +43,7 @@ class LayoutCommand:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    if wants_help(words):
-        print(usage(LayoutCommand))
-        return 0
-    return guarded(lambda: _run(parse(LayoutCommand, words)))
+    return run_command(LayoutCommand, _run, argv)
 
 
 def _run(settings: LayoutCommand) -> int:

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from .arguments import argument, parse, usage, wants_help
-from .errors import guarded
+from .arguments import argument
+from .subcommands import run_command
 
 
 @dataclass(frozen=True)
@@ -34,11 +34,7 @@ class Sample:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    if wants_help(words):
-        print(usage(Sample))
-        return 0
-    return guarded(lambda: _run(parse(Sample, words)))
+    return run_command(Sample, _run, argv)
 
 
 def _run(settings: Sample) -> int:

@@ -1,4 +1,4 @@
-"""Commands that have commands of their own: `scatterfold data prepare`, `scatterfold sweep report`."""
+"""How a command of dataclass arguments starts: alone (scatterfold sample), or in a group (scatterfold data prepare)."""
 
 from __future__ import annotations
 
@@ -10,10 +10,22 @@ from .arguments import parse, usage, wants_help
 from .close_match import did_you_mean
 from .errors import guarded
 
+Run = Callable[[Any], int]
 
-def run_subcommand(
-    group: str, help: str, commands: Mapping[str, tuple[type, Callable[[Any], int]]], argv: Sequence[str] | None
-) -> int:
+
+def run_command(settings: type, run: Run, argv: Sequence[str] | None) -> int:
+    """Read the arguments of a command and run it; returns the exit code.
+
+    Args:
+        settings: the dataclass of the arguments.
+        run: what to do with them.
+        argv: None for those of this process.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    return guarded(lambda: _start(settings, run, words))
+
+
+def run_subcommand(group: str, help: str, commands: Mapping[str, tuple[type, Run]], argv: Sequence[str] | None) -> int:
     """Find the command in the first word, read its arguments and run it; returns the exit code.
 
     Args:
@@ -29,14 +41,17 @@ def run_subcommand(
     return guarded(lambda: _choose(group, commands, words))
 
 
-def _choose(group: str, commands: Mapping[str, tuple[type, Callable[[Any], int]]], words: list[str]) -> int:
+def _choose(group: str, commands: Mapping[str, tuple[type, Run]], words: list[str]) -> int:
     name, arguments = words[0], words[1:]
     if name not in commands:
         from ..kernels.errors import ConfigError
 
         raise ConfigError(f"{group} {name} is no command{did_you_mean(name, commands)}, allowed: {', '.join(commands)}")
-    settings, run = commands[name]
-    if wants_help(arguments):
+    return _start(*commands[name], arguments)
+
+
+def _start(settings: type, run: Run, words: list[str]) -> int:
+    if wants_help(words):
         print(usage(settings))
         return 0
-    return run(parse(settings, arguments))
+    return run(parse(settings, words))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...parallel.tensor import local
+from ...parallel.shards import local_part
 
 
 class Linear(nn.Linear):
@@ -15,4 +15,4 @@ class Linear(nn.Linear):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, local(self.weight), None if self.bias is None else local(self.bias))
+        return F.linear(x, local_part(self.weight), None if self.bias is None else local_part(self.bias))

@@ -7,7 +7,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ...kernels.rms_norm import rms_norm
-from ...parallel.tensor import local, sum_shares
+from ...parallel.shards import local_part
+from ...parallel.tensor import sum_shares
 
 
 class RMSNorm(nn.Module):
@@ -37,7 +38,7 @@ class RMSNorm(nn.Module):
     def _cut(self, x: Tensor, group: dist.ProcessGroup) -> Tensor:
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         square = sum_shares(wide.square().sum(-1, keepdim=True), group)
-        return (wide * (square / self.width + self.eps).rsqrt() * local(self.weight)).to(x.dtype)
+        return (wide * (square / self.width + self.eps).rsqrt() * local_part(self.weight)).to(x.dtype)
 
     def extra_repr(self) -> str:
         return f"{self.width}, eps={self.eps}"

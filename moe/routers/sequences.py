@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ...kernels.untraced import untraced
 from ...parallel.context import to_rank_order, to_sequence_order
-from ...parallel.torch_private import all_gather_single
+from ...parallel.tensor import all_gather
 from ..context import StepContext
 
 
@@ -48,8 +48,7 @@ class SequenceParts:
     @untraced
     def whole(self, part: Tensor) -> Tensor:
         """What all ranks have, in the order of the sequences: (T, ...) -> (B * S, ...)."""
-        found = part.new_empty(self.size * part.shape[0], *part.shape[1:])
-        all_gather_single(found, part.contiguous(), group=self.group)
+        found = all_gather(part, self.group)
         by_sequence = found.unflatten(0, (self.size, self.num_sequences, -1)).movedim(0, 1).flatten(1, 2)
         return to_sequence_order(by_sequence, 1, self.cp).flatten(0, 1)
 

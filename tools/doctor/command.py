@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ..arguments import argument, parse, usage, wants_help
-from ..errors import guarded
+from ..arguments import argument
+from ..subcommands import run_command
 
 if TYPE_CHECKING:
     from .checks import NumericCheck
@@ -32,11 +32,7 @@ class Doctor:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    if wants_help(words):
-        print(usage(Doctor))
-        return 0
-    return guarded(lambda: _run(parse(Doctor, words)))
+    return run_command(Doctor, _run, argv)
 
 
 def _run(settings: Doctor) -> int:
