@@ -1,5 +1,7 @@
 """How a backend of `moe_mlp` becomes an operator: opaque to torch.compile, with fake results and a gradient.
 
+A backend is two passes over an `ExpertLayer`.
+
 Saved for backward: x, the pre-activation z (N, 2F or F) and the routing tables; with recompute="all" x and the tables.
 Weights are saved by reference. So no backend can save more by accident.
 """
@@ -7,6 +9,7 @@ Weights are saved by reference. So no backend can save more by accident.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -25,18 +28,85 @@ def check_recompute(name: str, field: str = "recompute") -> None:
         raise ConfigError(f"{field}={name!r} is unknown, allowed: {', '.join(RECOMPUTE)}")
 
 
-def fused_operator(name: str, forward_pass: Callable, backward_pass: Callable) -> Callable[..., Tensor]:
+@dataclass(frozen=True)
+class ExpertLayer:
+    """What both passes of a backend are given.
+
+    Shapes: x (T, D), w_in (E, 2F or F, D), w_out (E, D, F), b_in (E, 2F or F), b_out (E, D); the rest as in `Routing`.
+    """
+
+    x: Tensor
+    w_in: Tensor
+    w_out: Tensor
+    b_in: Tensor | None
+    b_out: Tensor | None
+    weight: Tensor
+    token: Tensor
+    expert_offsets: Tensor
+    assignment: Tensor
+    token_offsets: Tensor
+    activation: str
+
+    @property
+    def num_tokens(self) -> int:
+        return self.token_offsets.numel() - 1
+
+    def new_gradients(self, needs: list[bool], make: Callable[..., Tensor] = torch.empty_like) -> list[Tensor]:
+        """`new_gradients` of x, w_in, w_out, b_in, b_out and weight."""
+        return new_gradients((self.x, self.w_in, self.w_out, self.b_in, self.b_out, self.weight), needs, make)
+
+
+def fused_operator(
+    name: str,
+    forward_pass: Callable[[ExpertLayer, bool], tuple[Tensor, Tensor]],
+    backward_pass: Callable[[ExpertLayer, Tensor, Tensor, list[bool]], list[Tensor]],
+) -> Callable[..., Tensor]:
     """A differentiable `f(x, w_in, w_out, routing, activation, b_in, b_out, recompute)` from two passes.
 
     Args:
         name: of the operators, `{name}` and `{name}_backward`.
-        forward_pass: (x, w_in, w_out, b_in, b_out, weight, token, expert_offsets, assignment, token_offsets,
-            activation, save_z) -> (out (T, D), z (N, 2F or F), or empty unless save_z).
-        backward_pass: (grad, the ten tensors of forward_pass, z, activation, needs) -> gradients of the first six,
-            as a list; those not in `needs` are empty. An empty z has to be computed again.
+        forward_pass: (layer, save_z) -> (out (T, D), z (N, 2F or F), or empty unless save_z).
+        backward_pass: (layer, grad, z, needs) -> gradients of x, w_in, w_out, b_in, b_out and weight; those not in
+            `needs` are empty. An empty z has to be computed again.
     """
-    forward = registered(name)(forward_pass)
-    backward = registered(f"{name}_backward")(backward_pass)
+
+    @registered(name)
+    def forward(
+        x: Tensor,
+        w_in: Tensor,
+        w_out: Tensor,
+        b_in: Tensor | None,
+        b_out: Tensor | None,
+        weight: Tensor,
+        token: Tensor,
+        expert_offsets: Tensor,
+        assignment: Tensor,
+        token_offsets: Tensor,
+        activation: str,
+        save_z: bool,
+    ) -> tuple[Tensor, Tensor]:
+        tables = token, expert_offsets, assignment, token_offsets
+        return forward_pass(ExpertLayer(x, w_in, w_out, b_in, b_out, weight, *tables, activation), save_z)
+
+    @registered(f"{name}_backward")
+    def backward(
+        grad: Tensor,
+        x: Tensor,
+        w_in: Tensor,
+        w_out: Tensor,
+        b_in: Tensor | None,
+        b_out: Tensor | None,
+        weight: Tensor,
+        token: Tensor,
+        expert_offsets: Tensor,
+        assignment: Tensor,
+        token_offsets: Tensor,
+        z: Tensor,
+        activation: str,
+        needs: list[bool],
+    ) -> list[Tensor]:
+        tables = token, expert_offsets, assignment, token_offsets
+        return backward_pass(ExpertLayer(x, w_in, w_out, b_in, b_out, weight, *tables, activation), grad, z, needs)
 
     @forward.register_fake
     def _(x, w_in, w_out, b_in, b_out, weight, token, expert_offsets, assignment, token_offsets, activation, save_z):

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from .activations import activate_backward_out, activate_out, is_gated
 from .errors import ConfigError
-from .fused_operator import fused_operator, new_gradients
+from .fused_operator import ExpertLayer, fused_operator
 from .grouped_mm import grouped_bias_grad, sum_by_token
 from .routing import Routing
 from .torch_backend import RowTables
@@ -97,23 +97,11 @@ def _concat(activation: str, *names: str) -> tuple[str, ...] | None:
     return names if activation in FUSED and is_gated(activation) else None
 
 
-def forward_pass(
-    x: Tensor,
-    w_in: Tensor,
-    w_out: Tensor,
-    b_in: Tensor | None,
-    b_out: Tensor | None,
-    weight: Tensor,
-    token: Tensor,
-    expert_offsets: Tensor,
-    assignment: Tensor,
-    token_offsets: Tensor,
-    activation: str,
-    save_z: bool,
-) -> tuple[Tensor, Tensor]:
+def forward_pass(layer: ExpertLayer, save_z: bool) -> tuple[Tensor, Tensor]:
     """GEMM with gathered rows and activation, GEMM, sum by token. See `fused_operator`."""
-    x, w_in, w_out = _contiguous(x, w_in, w_out)
-    source = RowTables(token, expert_offsets, w_in.shape[0]).source
+    x, w_in, w_out = _contiguous(layer.x, layer.w_in, layer.w_out)
+    b_in, activation, expert_offsets = layer.b_in, layer.activation, layer.expert_offsets
+    source = RowTables.of(layer).source
     if activation in FUSED:
         z, a = _quack().gemm_act(
             x,
@@ -132,35 +120,21 @@ def forward_pass(
         activate_out(activation, z, a, a)
     if not save_z:
         z = a.new_empty(0)
-    y = _quack().gemm(a, w_out.mT, bias=b_out, cu_seqlens_m=expert_offsets, **_options())
-    return sum_by_token(y, weight, assignment, token_offsets), z
+    y = _quack().gemm(a, w_out.mT, bias=layer.b_out, cu_seqlens_m=expert_offsets, **_options())
+    return sum_by_token(y, layer.weight, layer.assignment, layer.token_offsets), z
 
 
-def backward_pass(
-    grad: Tensor,
-    x: Tensor,
-    w_in: Tensor,
-    w_out: Tensor,
-    b_in: Tensor | None,
-    b_out: Tensor | None,
-    weight: Tensor,
-    token: Tensor,
-    expert_offsets: Tensor,
-    assignment: Tensor,
-    token_offsets: Tensor,
-    z: Tensor,
-    activation: str,
-    needs: list[bool],
-) -> list[Tensor]:
+def backward_pass(layer: ExpertLayer, grad: Tensor, z: Tensor, needs: list[bool]) -> list[Tensor]:
     """The gradients; rows are gathered again while they are loaded. See `fused_operator`."""
     need_x, need_in, need_out, need_b_in, need_b_out, need_weight = needs
-    if not token.numel():  # an empty contraction is not for kernels
-        return new_gradients((x, w_in, w_out, b_in, b_out, weight), needs, torch.zeros_like)
-    grads = new_gradients((x, w_in, w_out, b_in, b_out, weight), [False] * 6)
-    grad, x, w_in, w_out = _contiguous(grad, x, w_in, w_out)
-    tables = RowTables(token, expert_offsets, w_in.shape[0])
+    b_out, weight, activation, expert_offsets = layer.b_out, layer.weight, layer.activation, layer.expert_offsets
+    if not layer.token.numel():  # an empty contraction is not for kernels
+        return layer.new_gradients(needs, torch.zeros_like)
+    grads = layer.new_gradients([False] * 6)
+    grad, x, w_in, w_out = _contiguous(grad, layer.x, layer.w_in, layer.w_out)
+    tables = RowTables.of(layer)
     if not z.numel():
-        z = _pre_activation(x, w_in, b_in, expert_offsets, tables.source, activation)
+        z = _pre_activation(x, w_in, layer.b_in, expert_offsets, tables.source, activation)
     scale = torch.where(tables.counts, weight, 0)
     dz, weighted_a, inner = _dact(grad, w_out, z, scale, expert_offsets, tables.source, activation)
     del z
@@ -194,7 +168,7 @@ def backward_pass(
     if need_x:
         dx = _quack().gemm(dz, w_in, cu_seqlens_m=expert_offsets, concat_layout=_concat(activation, "B"), **_options())
         del dz
-        grads[0] = sum_by_token(dx, None, assignment, token_offsets)
+        grads[0] = sum_by_token(dx, None, layer.assignment, layer.token_offsets)
     return grads
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .activations import activate_backward_out, activate_out, is_gated
 from .availability import FLOATS
-from .fused_operator import fused_operator, new_gradients
+from .fused_operator import ExpertLayer, fused_operator
 from .grouped_mm import grouped_bias_grad, grouped_rows, grouped_weight_grad, sum_by_token
 
 
@@ -47,57 +47,34 @@ class RowTables:
         self.source = torch.where(self.counts, token, 0)
         self.expert = torch.searchsorted(expert_offsets[1:], index, right=True).clamp_(max=num_experts - 1)
 
+    @classmethod
+    def of(cls, layer: ExpertLayer) -> RowTables:
+        return cls(layer.token, layer.expert_offsets, layer.w_in.shape[0])
 
-def forward_pass(
-    x: Tensor,
-    w_in: Tensor,
-    w_out: Tensor,
-    b_in: Tensor | None,
-    b_out: Tensor | None,
-    weight: Tensor,
-    token: Tensor,
-    expert_offsets: Tensor,
-    assignment: Tensor,
-    token_offsets: Tensor,
-    activation: str,
-    save_z: bool,
-) -> tuple[Tensor, Tensor]:
+
+def forward_pass(layer: ExpertLayer, save_z: bool) -> tuple[Tensor, Tensor]:
     """Gather, GEMM, activation, GEMM, sum by token. See `fused_operator`."""
-    tables = RowTables(token, expert_offsets, w_in.shape[0])
-    z = _pre_activation(x, w_in, b_in, expert_offsets, tables)
-    a = z.new_empty(z.shape[0], w_out.shape[2])
-    activate_out(activation, z, a, a)
+    offsets, b_out, tables = layer.expert_offsets, layer.b_out, RowTables.of(layer)
+    z = _pre_activation(layer, tables)
+    a = z.new_empty(z.shape[0], layer.w_out.shape[2])
+    activate_out(layer.activation, z, a, a)
     if not save_z:
         z = z.new_empty(0)
-    y = _rows(a, w_out, expert_offsets)
+    y = _rows(a, layer.w_out, offsets)
     del a
     if b_out is not None:
         _add_bias(y, b_out, tables)
-    return sum_by_token(y, weight, assignment, token_offsets), z
+    return sum_by_token(y, layer.weight, layer.assignment, layer.token_offsets), z
 
 
-def backward_pass(
-    grad: Tensor,
-    x: Tensor,
-    w_in: Tensor,
-    w_out: Tensor,
-    b_in: Tensor | None,
-    b_out: Tensor | None,
-    weight: Tensor,
-    token: Tensor,
-    expert_offsets: Tensor,
-    assignment: Tensor,
-    token_offsets: Tensor,
-    z: Tensor,
-    activation: str,
-    needs: list[bool],
-) -> list[Tensor]:
+def backward_pass(layer: ExpertLayer, grad: Tensor, z: Tensor, needs: list[bool]) -> list[Tensor]:
     """The gradients, gathered rows gathered again. See `fused_operator`."""
     need_x, need_in, need_out, need_b_in, need_b_out, need_weight = needs
-    grads = new_gradients((x, w_in, w_out, b_in, b_out, weight), [False] * 6)
-    tables = RowTables(token, expert_offsets, w_in.shape[0])
+    x, w_in, w_out, b_out, weight = layer.x, layer.w_in, layer.w_out, layer.b_out, layer.weight
+    activation, expert_offsets, tables = layer.activation, layer.expert_offsets, RowTables.of(layer)
+    grads = layer.new_gradients([False] * 6)
     if not z.numel():
-        z = _pre_activation(x, w_in, b_in, expert_offsets, tables)
+        z = _pre_activation(layer, tables)
     rows = grad[tables.source]
     a, dz = z.new_empty(z.shape[0], w_out.shape[2]), torch.empty_like(z)
     activate_out(activation, z, a, dz.chunk(2, dim=-1)[1] if is_gated(activation) else a)
@@ -121,14 +98,16 @@ def backward_pass(
     if need_b_in:
         grads[3] = grouped_bias_grad(dz, None, expert_offsets)
     if need_x:
-        grads[0] = sum_by_token(_rows(dz, w_in.transpose(1, 2), expert_offsets), None, assignment, token_offsets)
+        grads[0] = sum_by_token(
+            _rows(dz, w_in.transpose(1, 2), expert_offsets), None, layer.assignment, layer.token_offsets
+        )
     return grads
 
 
-def _pre_activation(x: Tensor, w_in: Tensor, b_in: Tensor | None, expert_offsets: Tensor, tables: RowTables) -> Tensor:
-    z = _rows(x[tables.source], w_in, expert_offsets)
-    if b_in is not None:
-        _add_bias(z, b_in, tables)
+def _pre_activation(layer: ExpertLayer, tables: RowTables) -> Tensor:
+    z = _rows(layer.x[tables.source], layer.w_in, layer.expert_offsets)
+    if layer.b_in is not None:
+        _add_bias(z, layer.b_in, tables)
     return z
 
 

@@ -6,15 +6,15 @@ import torch
 from torch import Tensor
 
 from ..activations import activate_backward_out, activate_out
-from ..fused_operator import new_gradients
+from ..fused_operator import ExpertLayer
 from .chunks import Slots, split
-from .layer import Layer, TokenSums
+from .rows import TokenSums
 
 
 class ByChunks:
     """Buffers are used again by the next chunk, so they stay in cache and cost no page faults."""
 
-    def __init__(self, layer: Layer):
+    def __init__(self, layer: ExpertLayer):
         self.layer, x = layer, layer.x
         self.hidden = layer.w_in.shape[1]
         self.width, self.expert_width = layer.w_out.shape[1:]
@@ -145,9 +145,7 @@ class ByChunks:
 
     def _new_gradients(self, needs: list[bool]) -> list[Tensor]:
         """Gradients to be written in place, already zero where no chunk writes."""
-        layer = self.layer
-        inputs = (layer.x, layer.w_in, layer.w_out, layer.b_in, layer.b_out, layer.weight)
-        grads = new_gradients(inputs, [False, *needs[1:]])  # that of x comes from sums
+        grads = self.layer.new_gradients([False, *needs[1:]])  # that of x comes from sums
         for grad in grads[1:5]:
             if grad.numel():
                 for expert, (start, end) in enumerate(zip(self.offsets, self.offsets[1:])):

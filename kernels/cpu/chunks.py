@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .layer import gather
+from .rows import gather
 
 _HALF = (torch.bfloat16, torch.float16)
 _CHUNK_BYTES = 4 << 20  # of the widest buffer of a chunk of several experts

@@ -9,52 +9,17 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..fused_operator import fused_operator
+from ..fused_operator import ExpertLayer, fused_operator
 from .by_chunks import ByChunks
-from .layer import Layer
 
 
-def forward_pass(
-    x: Tensor,
-    w_in: Tensor,
-    w_out: Tensor,
-    b_in: Tensor | None,
-    b_out: Tensor | None,
-    weight: Tensor,
-    token: Tensor,
-    expert_offsets: Tensor,
-    assignment: Tensor,
-    token_offsets: Tensor,
-    activation: str,
-    save_z: bool,
-) -> tuple[Tensor, Tensor]:
+def forward_pass(layer: ExpertLayer, save_z: bool) -> tuple[Tensor, Tensor]:
     """Gather, GEMM, activation, GEMM, sum by token. See `fused_operator`."""
-    layer = Layer(
-        x, w_in, w_out, b_in, b_out, weight, token, expert_offsets, assignment, token_offsets, activation
-    )  # fmt: skip
     return ByChunks(layer).forward(save_z)
 
 
-def backward_pass(
-    grad: Tensor,
-    x: Tensor,
-    w_in: Tensor,
-    w_out: Tensor,
-    b_in: Tensor | None,
-    b_out: Tensor | None,
-    weight: Tensor,
-    token: Tensor,
-    expert_offsets: Tensor,
-    assignment: Tensor,
-    token_offsets: Tensor,
-    z: Tensor,
-    activation: str,
-    needs: list[bool],
-) -> list[Tensor]:
+def backward_pass(layer: ExpertLayer, grad: Tensor, z: Tensor, needs: list[bool]) -> list[Tensor]:
     """The gradients, gathered rows gathered again. See `fused_operator`."""
-    layer = Layer(
-        x, w_in, w_out, b_in, b_out, weight, token, expert_offsets, assignment, token_offsets, activation
-    )  # fmt: skip
     return ByChunks(layer).backward(grad, z, needs)
 
 

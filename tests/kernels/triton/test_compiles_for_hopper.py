@@ -18,6 +18,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 import triton.language as tl  # noqa: E402
 
 from scatterfold.kernels import ACTIVATIONS, is_gated  # noqa: E402
+from scatterfold.kernels.fused_operator import ExpertLayer  # noqa: E402
 from scatterfold.kernels.triton_backend import configs, launch, listed_routing, ops, resources, routing  # noqa: E402
 
 ALL = os.environ.get("SCATTERFOLD_COMPILE_ALL") == "1"
@@ -41,8 +42,9 @@ def recorded(rows_per_expert, dtype, activation="swiglu", bias=False, experts=8,
     weight = meta(rows, dtype=torch.float32)
     inputs = (x, w_in, w_out, b_in, b_out, weight, index(rows), index(experts + 1), index(rows), index(tokens + 1))
     with launch.recording() as launches:
-        out, z = ops.forward_pass(*inputs, activation, True)
-        ops.backward_pass(out, *inputs, z, activation, [True, True, True, bias, bias, True])
+        layer = ExpertLayer(*inputs, activation)
+        out, z = ops.forward_pass(layer, True)
+        ops.backward_pass(layer, out, z, [True, True, True, bias, bias, True])
     return launches
 
 

@@ -1,10 +1,9 @@
-"""What both passes of a layer are given, and how its rows are gathered and summed."""
+"""How rows are gathered, and summed by token."""
 
 from __future__ import annotations
 
 import platform
 import sys
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -12,30 +11,6 @@ from torch import Tensor
 # There, scatter_add_ of whole rows sorts the indices and adds in parallel; elsewhere it goes element by element.
 _SCATTERS_ROWS = sys.platform == "linux" and platform.machine() == "x86_64"
 _WIDENED_ROWS = 256  # at a time, so that the float32 copy of half-precision rows stays small
-
-
-@dataclass(frozen=True)
-class Layer:
-    """The inputs of `fused_operator`'s passes.
-
-    Shapes: x (T, D), w_in (E, 2F or F, D), w_out (E, D, F), b_in (E, 2F or F), b_out (E, D); the rest as in `Routing`.
-    """
-
-    x: Tensor
-    w_in: Tensor
-    w_out: Tensor
-    b_in: Tensor | None
-    b_out: Tensor | None
-    weight: Tensor
-    token: Tensor
-    expert_offsets: Tensor
-    assignment: Tensor
-    token_offsets: Tensor
-    activation: str
-
-    @property
-    def num_tokens(self) -> int:
-        return self.token_offsets.numel() - 1
 
 
 def gather(source: Tensor, index: Tensor, bounds: Tensor) -> Tensor:
