@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -26,27 +29,73 @@ def linear_cross_entropy(
 
     Returns: () float32 (float64 for float64 inputs).
     """
+    return chunked_cross_entropy(hidden, weight, labels, max(1, chunk_elements // weight.shape[0]), _whole_vocabulary)
+
+
+@dataclass(frozen=True)
+class Normalised:
+    """What the logits of some tokens (t, V) say about their labels.
+
+    Attributes:
+        log_total: (t,) log of the sum of exp(logit) over the whole vocabulary.
+        label_logit: (t,) logit of the label; anything finite where the label does not count.
+        column: (t,) of the logits that is the label's; 0 where there is none.
+        is_here: (t,) whether there is one, and it counts.
+    """
+
+    log_total: Tensor
+    label_logit: Tensor
+    column: Tensor
+    is_here: Tensor
+
+
+def _whole_vocabulary(logits: Tensor, labels: Tensor) -> Normalised:
+    counts = labels != IGNORE
+    column = torch.where(counts, labels, 0)
+    return Normalised(logits.logsumexp(-1), logits.gather(-1, column.unsqueeze(-1)).squeeze(-1), column, counts)
+
+
+def chunked_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    chunk: int,
+    normalise: Callable[[Tensor, Tensor], Normalised],
+) -> Tensor:
+    """The summed loss of hidden (T, D) over the rows of a head (V, D), `chunk` tokens at a time.
+
+    Args:
+        normalise: from logits (t, V) and labels (t,); where `weight` is a part of the head, it asks those who have the
+            others. Gradients are then those of this part, and this part's share of hidden's.
+    """
     device = hidden.device.type
     if torch.is_autocast_enabled(device):
         hidden = hidden.to(torch.get_autocast_dtype(device))
     with torch.autocast(device, enabled=False):
-        return _LinearCrossEntropy.apply(hidden, weight, labels, chunk_elements, torch.is_grad_enabled())
+        return _ChunkedCrossEntropy.apply(hidden, weight, labels, chunk, normalise, torch.is_grad_enabled())
 
 
-class _LinearCrossEntropy(torch.autograd.Function):
+class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, labels: Tensor, chunk_elements: int, learning: bool) -> Tensor:
+    def forward(
+        ctx,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        chunk: int,
+        normalise: Callable[[Tensor, Tensor], Normalised],
+        learning: bool,
+    ) -> Tensor:
         wide = torch.promote_types(hidden.dtype, torch.float32)
         need_hidden, need_weight = (learning and needed for needed in ctx.needs_input_grad[:2])
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=wide) if need_weight else None
         head = weight.to(hidden.dtype)
         loss = torch.zeros((), dtype=wide, device=hidden.device)
-        chunk = max(1, chunk_elements // weight.shape[0])
         for start in range(0, hidden.shape[0], chunk):
             rows = slice(start, start + chunk)
             grad_rows = None if grad_hidden is None else grad_hidden[rows]
-            loss += _chunk(hidden[rows], head, labels[rows], grad_rows, grad_weight)
+            loss += _chunk(hidden[rows], head, labels[rows], normalise, grad_rows, grad_weight)
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.weight_dtype = weight.dtype
         return loss
@@ -59,24 +108,31 @@ class _LinearCrossEntropy(torch.autograd.Function):
             grad_hidden = grad_hidden * grad.to(grad_hidden.dtype)
         if grad_weight is not None:
             grad_weight = (grad_weight * grad).to(ctx.weight_dtype)
-        return grad_hidden, grad_weight, None, None, None
+        return grad_hidden, grad_weight, None, None, None, None
 
 
-def _chunk(hidden: Tensor, head: Tensor, labels: Tensor, grad_hidden: Tensor | None, grad_weight: Tensor | None):
+def _chunk(
+    hidden: Tensor,
+    head: Tensor,
+    labels: Tensor,
+    normalise: Callable[[Tensor, Tensor], Normalised],
+    grad_hidden: Tensor | None,
+    grad_weight: Tensor | None,
+) -> Tensor:
     """The summed loss of some tokens; writes their gradient of hidden and adds that of the head.
 
     d loss / d logits = softmax - onehot(label).
     """
     logits = torch.mm(hidden, head.T).to(torch.promote_types(hidden.dtype, torch.float32))
-    counts = labels != IGNORE
-    target = torch.where(counts, labels, 0).unsqueeze(-1)
-    log_total = logits.logsumexp(-1, keepdim=True)
-    loss = (log_total - logits.gather(-1, target)).squeeze(-1).masked_fill(~counts, 0.0).sum()
+    ignored = labels == IGNORE
+    found = normalise(logits, labels)
+    loss = (found.log_total - found.label_logit).masked_fill(ignored, 0.0).sum()
     if grad_hidden is None and grad_weight is None:
         return loss
-    grad = logits.sub_(log_total).exp_()
-    grad.scatter_add_(-1, target, grad.new_full(target.shape, -1.0)).masked_fill_(~counts.unsqueeze(-1), 0.0)
-    grad = grad.to(hidden.dtype)
+    grad = logits.sub_(found.log_total.unsqueeze(-1)).exp_()
+    if head.shape[0] > 0:
+        grad.scatter_add_(-1, found.column.unsqueeze(-1), -found.is_here.to(grad.dtype).unsqueeze(-1))
+    grad = grad.masked_fill_(ignored.unsqueeze(-1), 0.0).to(hidden.dtype)
     if grad_hidden is not None:
         torch.mm(grad, head, out=grad_hidden)
     if grad_weight is not None:
