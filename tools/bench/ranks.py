@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import socket
@@ -32,8 +31,8 @@ def measure_in_ranks(module: str, settings: dict[str, Any], ranks: int, timeout_
     Returns: the JSON that rank 0 wrote to the file RESULT.
     Raises: RuntimeError with the last words of the first rank that failed, or if they take too long.
     """
-    with tempfile.TemporaryDirectory(prefix="scatterfold-bench-") as folder, _free_port() as port:
-        result = Path(folder, "result.json")
+    with tempfile.TemporaryDirectory(prefix="scatterfold-bench-") as folder:
+        result, port = Path(folder, "result.json"), _free_port()
         command = [sys.executable, "-c", _RUN, module, json.dumps(settings), str(result)]
         logs = [Path(folder, f"rank{rank}.log") for rank in range(ranks)]
         processes = [_start(command, rank, ranks, port, log) for rank, log in enumerate(logs)]
@@ -69,10 +68,8 @@ def _wait(processes: list[subprocess.Popen], logs: list[Path], deadline: float) 
         time.sleep(0.05)
 
 
-@contextlib.contextmanager
-def _free_port():
+def _free_port() -> int:
     """A port that nobody listens on."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-    yield port
+        return listener.getsockname()[1]

@@ -22,8 +22,8 @@ from ....parallel.process import Process, running
 from ..kernels.case import DTYPES
 from ..kernels.clock import make_clock
 from ..kernels.shapes import Shape
+from ..traffic import Traffic
 from .case import draw, remote_copies, remote_pairs
-from .traffic import counted
 
 DISPATCHERS: dict[str, type[ExchangingDispatcher]] = {
     "all_to_all": AllToAllDispatcher,
@@ -69,17 +69,22 @@ def _measure(
         out.backward(grad)
         return out.detach()
 
-    with counted(shape.width, process.rank, process.world) as traffic, torch.no_grad():
+    with Traffic(meshes) as traffic, torch.no_grad():
         forward()
-    with counted(shape.width, process.rank, process.world) as whole:
+    with Traffic(meshes) as whole:
         both()
+    rows_bytes = sum(
+        sent.bytes
+        for sent in traffic.sent
+        if sent.shape is not None and sent.shape[1:] == (shape.width,) and sent.dtype == dtype
+    )
     row_bytes = shape.width * dtype.itemsize
     spread = (shape.experts, layout.ep, layout.etp, own.ep)
     mine = {
-        "rows_bytes": traffic.rows,
-        "other_bytes": traffic.others,
-        "training_bytes": whole.rows + whole.others,
-        "messages": len(traffic.messages),
+        "rows_bytes": rows_bytes,
+        "other_bytes": sum(sent.bytes for sent in traffic.sent) - rows_bytes,
+        "training_bytes": sum(sent.bytes for sent in whole.sent),
+        "messages": len(traffic.sent),
         "bound_bytes": 2 * remote_pairs(experts, *spread) * row_bytes,  # there, and a sum back
         "copies_bytes": 2 * remote_copies(experts, *spread) * row_bytes,
         "dropped": int(dropped[0]) if dropped else 0,

@@ -13,9 +13,9 @@ from ....kernels import ConfigError
 from ....moe.training.environment import device_name
 from ...files import check_target, write_atomically
 from ..ranks import measure_in_ranks
+from ..traffic import PURPOSES
 from .case import Model, parse_layouts, read_layout
 from .formula import expected
-from .traffic import PURPOSES
 
 if TYPE_CHECKING:
     from ..command import Scaling

@@ -22,8 +22,8 @@ from ....parallel.engines import Engine, TorchEngine
 from ....parallel.meshes import Meshes
 from ....parallel.process import Process, running
 from ....parallel.shards import local_part
+from ..traffic import Sent, Traffic
 from .case import Model, read_layout
-from .traffic import Traffic
 
 _WARM_UP = 2
 
@@ -67,8 +67,16 @@ def _measure(model: Model, meshes: Meshes, process: Process, settings: dict[str,
         "step_ms": statistics.median(times[_WARM_UP:]),
         "state_bytes": _state_bytes(engine),
         "peak_bytes": _peak_memory(process.device) - before,
-        "sent": [[*key, count, traffic.calls[key]] for key, count in traffic.sent.items()],
+        "sent": _by_kind(traffic.sent),
     }
+
+
+def _by_kind(messages: list[Sent]) -> list[list[Any]]:
+    """[purpose, collective, bytes, messages] of each kind."""
+    kinds: dict[tuple[str, str], list[int]] = {}
+    for sent in messages:
+        kinds.setdefault((sent.purpose, sent.collective), []).append(sent.bytes)
+    return [[*kind, sum(sizes), len(sizes)] for kind, sizes in kinds.items()]
 
 
 def _step(engine: Engine, batches: list[dict[str, Any]], scale: float) -> float:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections import Counter
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
@@ -14,10 +14,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ....parallel.meshes import Meshes
-from ....parallel.torch_private import group_by_name
-
-Key = tuple[str, str]  # purpose, collective
+from ...parallel.meshes import Meshes
+from ...parallel.torch_private import group_by_name
 
 # What a collective is for, by the file that asks for it; several purposes may use the very same group of ranks.
 _BY_FILE = (
@@ -33,8 +31,26 @@ _BY_FILE = (
 PURPOSES = ("gradients", "tokens", "tp", "cp", "pp", "counts", "other")
 
 
+@dataclass(frozen=True)
+class Sent:
+    """One collective.
+
+    Attributes:
+        purpose: one of PURPOSES.
+        collective: its kind.
+        bytes: that this rank sends to others.
+        shape, dtype: of the tensor handed over; None if there are several.
+    """
+
+    purpose: str
+    collective: str
+    bytes: int
+    shape: torch.Size | None
+    dtype: torch.dtype | None
+
+
 class Traffic(TorchDispatchMode):
-    """A context in which every collective of this thread, forward and backward, is counted as bytes sent to others.
+    """A context in which every collective of this thread, forward and backward, is listed with the bytes that it sends.
 
     Counted by the tensors themselves: what all-gather and reduce-scatter give to each other rank; of an all-reduce what
     a ring sends, 2 (n - 1) / n of the tensor; of all-to-all what is not for the rank itself; of a broadcast or a
@@ -43,8 +59,7 @@ class Traffic(TorchDispatchMode):
 
     def __init__(self, meshes: Meshes) -> None:
         super().__init__()
-        self.sent: Counter[Key] = Counter()
-        self.calls: Counter[Key] = Counter()
+        self.sent: list[Sent] = []
         self._cp = None if meshes.cp is None else meshes.cp.get_group().group_name
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -55,17 +70,17 @@ class Traffic(TorchDispatchMode):
     def _count(self, name: str, args: tuple[Any, ...]) -> None:
         if name not in _SENT:
             return
-        kind, measure = _SENT[name]
-        group = _group_of(args)
+        kind, at, share = _SENT[name]
+        group, handed = _group_of(args), args[at]
         ranks = dist.get_world_size(group)
         if ranks == 1:
             return
         purpose = _purpose(sys._getframe(1))
         if purpose == "sequence":
             purpose = "cp" if group.group_name == self._cp else "tp"
-        key = purpose, kind
-        self.sent[key] += round(measure(args, ranks, dist.get_rank(group)))
-        self.calls[key] += 1
+        sent = round(_bytes(handed) * share(args, ranks, dist.get_rank(group)))
+        one = isinstance(handed, Tensor)
+        self.sent.append(Sent(purpose, kind, sent, handed.shape if one else None, handed.dtype if one else None))
 
 
 def _purpose(frame: FrameType | None) -> str:
@@ -94,40 +109,42 @@ def _bytes(value: Any) -> int:
     return sum(map(_bytes, value)) if isinstance(value, list | tuple) else 0
 
 
-# Collective, and bytes that one rank sends, from (arguments, ranks, own rank).
-Measure = Callable[[tuple[Any, ...], int, int], float]
+# What share of the tensor a rank sends, from (arguments, ranks, own rank).
+Share = Callable[[tuple[Any, ...], int, int], float]
 
 
-def _all_reduce(args: tuple[Any, ...], ranks: int, rank: int) -> float:
-    return 2 * _bytes(args[0]) * (ranks - 1) / ranks
+def _ring(args: tuple[Any, ...], ranks: int, rank: int) -> float:
+    return 2 * (ranks - 1) / ranks
 
 
-def _gather(at: int) -> Measure:
-    return lambda args, ranks, rank: _bytes(args[at]) * (ranks - 1)
+def _to_each(args: tuple[Any, ...], ranks: int, rank: int) -> float:
+    return ranks - 1
 
 
-def _scatter(at: int) -> Measure:
-    return lambda args, ranks, rank: _bytes(args[at]) * (ranks - 1) / ranks
+def _all_but_own(args: tuple[Any, ...], ranks: int, rank: int) -> float:
+    return (ranks - 1) / ranks
 
 
-def _exchange(at: int, splits_at: int) -> Measure:
-    def measure(args: tuple[Any, ...], ranks: int, rank: int) -> float:
-        splits = args[splits_at]
-        own = splits[rank] / max(sum(splits), 1) if splits else 1 / ranks
-        return _bytes(args[at]) * (1 - own)
+def _split(at: int) -> Share:
+    """By the split sizes in argument `at`, equal ones if there are none."""
 
-    return measure
+    def share(args: tuple[Any, ...], ranks: int, rank: int) -> float:
+        splits = args[at]
+        return 1 - splits[rank] / max(sum(splits), 1) if splits else (ranks - 1) / ranks
+
+    return share
 
 
-_SENT: dict[str, tuple[str, Measure]] = {
-    "allreduce_": ("all-reduce", _all_reduce),
-    "all_reduce": ("all-reduce", _all_reduce),
-    "_allgather_base_": ("all-gather", _gather(1)),
-    "allgather_": ("all-gather", _gather(1)),
-    "all_gather_into_tensor": ("all-gather", _gather(0)),
-    "_reduce_scatter_base_": ("reduce-scatter", _scatter(1)),
-    "reduce_scatter_tensor": ("reduce-scatter", _scatter(0)),
-    "alltoall_base_": ("all-to-all", _exchange(1, 4)),
-    "all_to_all_single": ("all-to-all", _exchange(0, 2)),
-    "send": ("send", lambda args, ranks, rank: _bytes(args[0])),
+# By torch's name: kind, which argument is handed over, and the share of it that is sent.
+_SENT: dict[str, tuple[str, int, Share]] = {
+    "allreduce_": ("all-reduce", 0, _ring),
+    "all_reduce": ("all-reduce", 0, _ring),
+    "_allgather_base_": ("all-gather", 1, _to_each),
+    "allgather_": ("all-gather", 1, _to_each),
+    "all_gather_into_tensor": ("all-gather", 0, _to_each),
+    "_reduce_scatter_base_": ("reduce-scatter", 1, _all_but_own),
+    "reduce_scatter_tensor": ("reduce-scatter", 0, _all_but_own),
+    "alltoall_base_": ("all-to-all", 1, _split(4)),
+    "all_to_all_single": ("all-to-all", 0, _split(2)),
+    "send": ("send", 0, lambda args, ranks, rank: 1.0),
 }
