@@ -3,14 +3,11 @@
 import pytest
 import torch
 
-from scatterfold.kernels import ACTIVATIONS, Routing, is_gated
-from scatterfold.kernels.activations import activate
+from scatterfold.kernels import ACTIVATIONS
 from scatterfold.kernels.cpu import moe_mlp_cpu
 from scatterfold.kernels.cpu.chunks import split
+from scatterfold.tests.kernels.expert_problem import NAMES, TOLERANCE, ExpertProblem, check, run
 
-# Error in norm over the norm: at most six values between inputs and result are rounded to the dtype.
-TOLERANCE = {torch.float64: 1e-13, torch.float32: 6 * 2**-22, torch.float16: 6 * 2**-11, torch.bfloat16: 6 * 2**-9}
-NAMES = ("x", "w_in", "w_out", "b_in", "b_out", "weight")
 # Rows of each expert: few and alike, so they are batched; with gaps; long and short; above what one slot rounds to.
 COUNTS = {
     "alike": (5, 4, 6, 5, 5),
@@ -21,89 +18,25 @@ COUNTS = {
 }
 
 
-class Problem:
-    """Random inputs with given rows per expert, a token without any, and padding that is poisoned."""
+class Problem(ExpertProblem):
+    """Given rows per expert, and a token without any."""
+
+    function = staticmethod(moe_mlp_cpu)
 
     def __init__(self, counts=(5, 0, 4, 6), activation="swiglu", dtype=torch.float32, bias=True, padding=5, width=16):
         generator = torch.Generator().manual_seed(0)
-        experts, expert_width = len(counts), 8
         tokens = max(counts) + 3
-        hidden = 2 * expert_width if is_gated(activation) else expert_width
-
-        def randn(*shape):
-            return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
-
         chosen = [torch.randperm(tokens - 1, generator=generator)[:count] for count in counts]  # never the last token
-        token = torch.cat(chosen)
-        expert = torch.repeat_interleave(torch.arange(experts), torch.tensor(counts))
-        weight_dtype = torch.promote_types(dtype, torch.float32)
-        weight = torch.rand(len(token), generator=generator, dtype=torch.float64).to(weight_dtype)
-        self.activation, self.dtype, self.count = activation, dtype, len(token)
-        routing = Routing.from_assignments(token, expert, weight, tokens, experts)
-        self.pairs = list(zip(routing.token.tolist(), expert.tolist(), strict=True))
-        huge = torch.full((padding,), 2**30, dtype=torch.int32)
-        self.routing = Routing(
-            torch.cat([routing.token, huge]),
-            torch.cat([routing.weight, torch.full((padding,), torch.nan, dtype=weight_dtype)]),
-            routing.expert_offsets,
-            torch.cat([routing.assignment, huge]),
-            routing.token_offsets,
-        )
-        self.inputs = {
-            "x": randn(tokens, width),
-            "w_in": randn(experts, hidden, width) / width**0.5,
-            "w_out": randn(experts, width, expert_width) / expert_width**0.5,
-            "b_in": randn(experts, hidden) if bias else None,
-            "b_out": randn(experts, width) if bias else None,
-            "weight": self.routing.weight,
-        }
-        self.grad = randn(tokens, width)
-
-    def leaves(self, dtype=None):
-        return {
-            name: None if t is None else t.detach().to(dtype or t.dtype, copy=True).requires_grad_()
-            for name, t in self.inputs.items()
-        }
-
-    def ours(self, recompute="none"):
-        leaves = self.leaves()
-        out = run(self, leaves, recompute)
-        out.backward(self.grad)
-        return {"out": out.detach()} | {name: t.grad for name, t in leaves.items() if t is not None}
-
-    def expected(self):
-        leaves = self.leaves(torch.float64)
-        x, w_in, w_out, b_in, b_out, weight = leaves.values()
-        rows = [torch.zeros(x.shape[1], dtype=torch.float64)] * len(x)
-        for index, (token, expert) in enumerate(self.pairs):
-            h = w_in[expert] @ x[token]
-            y = w_out[expert] @ activate(self.activation, h if b_in is None else h + b_in[expert])
-            rows[token] = rows[token] + weight[index] * (y if b_out is None else y + b_out[expert])
-        out = torch.stack(rows)
-        out.backward(self.grad.double())
-        return {"out": out.detach()} | {name: t.grad for name, t in leaves.items() if t is not None}
-
-
-def run(problem, leaves, recompute="none"):
-    x, w_in, w_out, b_in, b_out, weight = leaves.values()
-    routing = problem.routing.with_weight(weight)
-    return moe_mlp_cpu(x, w_in, w_out, routing, problem.activation, b_in, b_out, recompute)
-
-
-def check(problem, recompute="none"):
-    results, expected = problem.ours(recompute), problem.expected()
-    assert results.keys() == expected.keys()
-    for name, reference in expected.items():
-        assert results[name].isfinite().all(), name
-        error = (results[name].double() - reference).norm()
-        assert error <= TOLERANCE[problem.dtype] * reference.norm(), name
+        expert = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
+        pairs = torch.cat(chosen), expert
+        super().__init__(pairs, tokens, len(counts), generator, activation, dtype, bias, padding, width)
 
 
 @pytest.mark.parametrize("recompute", ["none", "all"])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_each_activation(activation, bias, recompute):
-    check(Problem(activation=activation, bias=bias), recompute)
+    check(Problem(activation=activation, bias=bias), recompute=recompute)
 
 
 @pytest.mark.parametrize("padding", [0, 5, 40])  # of routing: where the last expert's slot does and does not fit
@@ -116,7 +49,7 @@ def test_each_dtype_and_layout(dtype, counts, padding):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_recompute_in_each_layout(dtype):
     for counts in COUNTS.values():
-        check(Problem(counts, dtype=dtype), "all")
+        check(Problem(counts, dtype=dtype), recompute="all")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -150,7 +83,7 @@ def test_gradients_by_finite_differences(activation, recompute):
     problem = Problem((2, 0, 3), activation, torch.float64, padding=0, width=3)
 
     def function(*tensors):
-        return run(problem, dict(zip(NAMES, tensors)), recompute)
+        return run(problem, dict(zip(NAMES, tensors)), recompute=recompute)
 
     assert torch.autograd.gradcheck(function, tuple(problem.leaves().values()), fast_mode=True)
 
@@ -159,10 +92,8 @@ def test_gradients_by_finite_differences(activation, recompute):
 @pytest.mark.parametrize("recompute", ["none", "all"])
 def test_no_token_and_no_assignment(tokens, recompute):
     problem = Problem()
-    empty = Routing.from_assignments(*torch.zeros(2, 0).long(), torch.zeros(0), tokens, 4)
-    problem.routing, problem.inputs["weight"] = empty, empty.weight
     problem.inputs["x"], problem.grad = torch.ones(tokens, 16), torch.ones(tokens, 16)
-    results = problem.ours(recompute)
+    results = problem.without_assignments().ours(recompute=recompute)
     assert results["out"].shape == (tokens, 16)
     assert all(not value.any() for value in results.values())
 
@@ -192,7 +123,7 @@ def test_repeats_are_equal_bit_for_bit(counts, dtype):
 def test_recomputing_gives_the_same_bits():
     for counts in COUNTS.values():
         problem = Problem(counts)
-        kept, again = problem.ours("none"), problem.ours("all")
+        kept, again = problem.ours(recompute="none"), problem.ours(recompute="all")
         assert all(torch.equal(kept[name], again[name]) for name in kept)
 
 
@@ -236,9 +167,9 @@ def test_compiles_without_graph_break(recompute):
     torch._dynamo.reset()
     problem = Problem()
     leaves, again = problem.leaves(), problem.leaves()
-    expected = run(problem, leaves, recompute)
+    expected = run(problem, leaves, recompute=recompute)
     expected.backward(problem.grad)
-    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")(problem, again, recompute)
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")(problem, again, recompute=recompute)
     compiled.backward(problem.grad)
     assert torch.equal(compiled, expected)
     assert all(torch.equal(leaves[name].grad, again[name].grad) for name in NAMES)
@@ -255,7 +186,7 @@ def test_saved_bytes_follow_the_formula(activation, recompute):
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        run(problem, leaves, recompute)
+        run(problem, leaves, recompute=recompute)
     x, w_in, w_out = (leaves[name] for name in NAMES[:3])
     rows, tables = problem.routing.token.numel(), problem.routing
     table_bytes = 4 * (3 * rows + tables.expert_offsets.numel() + tables.token_offsets.numel())

@@ -12,16 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from scatterfold.kernels import ACTIVATIONS, ConfigError, Routing, backends, is_gated, moe_mlp, quack_backend
-from scatterfold.kernels.activations import activate
+from scatterfold.kernels import ACTIVATIONS, ConfigError, Routing, backends, moe_mlp, quack_backend
 from scatterfold.kernels.backends import check_serves, choose_backend
 from scatterfold.kernels.quack_backend import moe_mlp_quack
+from scatterfold.tests.kernels.expert_problem import NAMES, TOLERANCE, ExpertProblem, check, run, some_experts
 
 FAKE = Path(__file__).with_name("fake_quack.py")
 CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
-# Error in norm over the norm: at most six values between inputs and result are rounded to the dtype.
-TOLERANCE = {torch.float16: 6 * 2**-11, torch.bfloat16: 6 * 2**-9}
-NAMES = ("x", "w_in", "w_out", "b_in", "b_out", "weight")
+DTYPES = [torch.float16, torch.bfloat16]
 
 
 @pytest.fixture
@@ -55,79 +53,14 @@ def capability(monkeypatch, major, minor):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
 
 
-class Problem:
-    """Random inputs, a variable number of experts per token, an expert and a token without any, NaN padding."""
+class Problem(ExpertProblem):
+    """A variable number of experts per token, an expert and a token without any."""
+
+    function = staticmethod(moe_mlp_quack)
 
     def __init__(self, activation="swiglu", dtype=torch.bfloat16, bias=True, padding=5, tokens=19):
         generator = torch.Generator().manual_seed(0)
-        experts, width, expert_width = 5, 16, 8
-        hidden = 2 * expert_width if is_gated(activation) else expert_width
-
-        def randn(*shape):
-            return torch.randn(*shape, generator=generator).to(dtype)
-
-        chosen = torch.rand(tokens, experts, generator=generator) < 0.5
-        chosen[:, 1], chosen[3:4] = False, False
-        token, expert = chosen.nonzero(as_tuple=True)
-        self.activation, self.dtype = activation, dtype
-        self.inputs = {
-            "x": randn(tokens, width),
-            "w_in": randn(experts, hidden, width) / width**0.5,
-            "w_out": randn(experts, width, expert_width) / expert_width**0.5,
-            "b_in": randn(experts, hidden) if bias else None,
-            "b_out": randn(experts, width) if bias else None,
-        }
-        weight = torch.rand(len(token), generator=generator)
-        routing = Routing.from_assignments(token, expert, weight, tokens, experts)
-        self.pairs = list(zip(routing.token.tolist(), sorted(expert.tolist()), strict=True))
-        self.inputs["weight"] = torch.cat([routing.weight, torch.full((padding,), float("nan"))])
-        huge = torch.full((padding,), 2**30, dtype=torch.int32)
-        self.routing = Routing(
-            torch.cat([routing.token, huge]),
-            self.inputs["weight"],
-            routing.expert_offsets,
-            torch.cat([routing.assignment, huge]),
-            routing.token_offsets,
-        )
-        self.grad = randn(tokens, width)
-
-    def leaves(self, dtype=None):
-        return {
-            name: None if t is None else t.detach().to(dtype or t.dtype, copy=True).requires_grad_()
-            for name, t in self.inputs.items()
-        }
-
-    def ours(self, **options):
-        leaves = self.leaves()
-        out = run(self, leaves, **options)
-        out.backward(self.grad)
-        return {"out": out.detach()} | {name: t.grad for name, t in leaves.items() if t is not None}
-
-    def expected(self):
-        leaves = self.leaves(torch.float64)
-        x, w_in, w_out, b_in, b_out, weight = leaves.values()
-        rows = [torch.zeros(x.shape[1], dtype=torch.float64)] * len(x)
-        for index, (token, expert) in enumerate(self.pairs):
-            h = w_in[expert] @ x[token]
-            y = w_out[expert] @ activate(self.activation, h if b_in is None else h + b_in[expert])
-            rows[token] = rows[token] + weight[index] * (y if b_out is None else y + b_out[expert])
-        out = torch.stack(rows)
-        out.backward(self.grad.double())
-        return {"out": out.detach()} | {name: t.grad for name, t in leaves.items() if t is not None}
-
-
-def run(problem, leaves, **options):
-    x, w_in, w_out, b_in, b_out, weight = leaves.values()
-    routing = problem.routing.with_weight(weight)
-    return moe_mlp_quack(x, w_in, w_out, routing, problem.activation, b_in, b_out, **options)
-
-
-def check(problem, **options):
-    results, expected = problem.ours(**options), problem.expected()
-    assert results.keys() == expected.keys()
-    for name, reference in expected.items():
-        error = (results[name].double() - reference).norm()
-        assert error <= TOLERANCE[problem.dtype] * reference.norm(), name
+        super().__init__(some_experts(tokens, generator), tokens, 5, generator, activation, dtype, bias, padding)
 
 
 @pytest.mark.parametrize("recompute", ["none", "all"])
@@ -137,7 +70,7 @@ def test_each_activation_with_biases_and_padding(activation, recompute, quack):
 
 
 @pytest.mark.parametrize("activation", ["swiglu", "geglu", "relu2"])
-@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_without_biases(dtype, activation, quack):
     check(Problem(activation, dtype, bias=False, padding=0))
 
@@ -170,10 +103,7 @@ def test_an_expanded_gradient_is_taken(quack):
 
 @pytest.mark.parametrize("tokens", [0, 4])
 def test_no_assignment(tokens, quack):
-    problem = Problem(tokens=tokens)
-    problem.routing = Routing.from_assignments(*torch.zeros(2, 0).long(), torch.zeros(0), tokens, 5)
-    problem.inputs["weight"] = torch.zeros(0)
-    results = problem.ours()
+    results = Problem(tokens=tokens).without_assignments().ours()
     assert results["out"].shape == (tokens, 16)
     assert all(not value.any() for value in results.values())
 
@@ -294,6 +224,7 @@ import torch
 import quack.gemm, quack.gemm_runtime.host
 from scatterfold.kernels import Routing
 from scatterfold.kernels.quack_backend import moe_mlp_quack
+from scatterfold.tests.kernels.expert_problem import NAMES, TOLERANCE, ExpertProblem, check, run, some_experts
 
 launched = []
 for module in (quack.gemm, quack.gemm_runtime.host):
