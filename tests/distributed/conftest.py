@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import random
 import select
@@ -9,7 +10,9 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -52,10 +55,9 @@ torch.set_num_threads(1)
 def live(job, rank):
     os.environ.clear()
     os.environ.update(job["environments"][rank])
-    log = os.open(job["logs"][rank], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
+    for stream, file in ((1, job["out"][rank]), (2, job["err"][rank])):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
     sys.argv = job["argv"]
     sys.path.insert(0, os.path.dirname(sys.argv[0]))
     try:
@@ -68,18 +70,29 @@ def live(job, rank):
         return 1
 
 for line in sys.stdin:
-    job, children = json.loads(line), []
-    for rank in range(len(job["logs"])):
+    job, ranks = json.loads(line), {}
+    for rank in range(len(job["out"])):
         child = os.fork()
         if child == 0:
             code = live(job, rank)
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(code)
-        children.append(child)
-    print(json.dumps(children), flush=True)
-    print(json.dumps([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]), flush=True)
+        ranks[child] = rank
+    print(json.dumps(list(ranks)), flush=True)
+    for _ in list(ranks):
+        child, status = os.wait()
+        print(json.dumps([ranks[child], os.waitstatus_to_exitcode(status)]), flush=True)
 """
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a rank ended: its exit code, None if it had to be killed, and what it printed."""
+
+    code: int | None
+    out: str
+    err: str
 
 
 @pytest.fixture(scope="session")
@@ -98,32 +111,81 @@ def nursery():
 
 
 @pytest.fixture(scope="session")
-def run_ranks(nursery, tmp_path_factory) -> Start:
-    """`run_ranks(world, file, function, *arguments)`: call a function of a test file in every rank, and wait.
+def start_ranks(nursery, tmp_path_factory) -> Callable[..., list[Ended]]:
+    """`start_ranks(world, file, function, *arguments) -> [Ended, …]`: call a function of a test file in every rank.
 
-    The file ends with `if __name__ == "__main__": globals()[sys.argv[1]](*sys.argv[2:])`. Fails with what the ranks
-    printed if one of them fails or they take longer than `timeout` seconds.
+    The file ends with `if __name__ == "__main__": globals()[sys.argv[1]](*sys.argv[2:])`. Ranks that take longer than
+    `timeout` seconds, or `grace` seconds longer than rank 0, are killed.
     """
 
-    def run(world: int, file: str | Path, function: str, *arguments: object, timeout: float = 300.0) -> None:
+    def start(
+        world: int,
+        file: str | Path,
+        function: str,
+        *arguments: object,
+        timeout: float = 300.0,
+        grace: float = math.inf,
+    ) -> list[Ended]:
         folder, port = tmp_path_factory.mktemp("ranks"), free_port()
-        logs = [folder / f"{rank}.log" for rank in range(world)]
+        out, err = ([folder / f"{rank}.{stream}" for rank in range(world)] for stream in ("out", "err"))
         job = {
             "argv": [str(file), function, *map(str, arguments)],
             "environments": [rank_environment(rank, world, port) for rank in range(world)],
-            "logs": [str(log) for log in logs],
+            "out": [str(path) for path in out],
+            "err": [str(path) for path in err],
         }
         nursery.stdin.write(json.dumps(job).encode() + b"\n")
-        ranks = json.loads(nursery.stdout.readline())
-        late = not select.select([nursery.stdout], [], [], timeout)[0]
-        for rank in ranks if late else ():
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(rank, signal.SIGKILL)
-        codes = json.loads(nursery.stdout.readline())
-        if late or any(codes):
+        children = json.loads(nursery.stdout.readline())
+        deadline, codes = time.monotonic() + timeout, {}
+        while len(codes) < world:
+            if select.select([nursery.stdout], [], [], max(0.0, deadline - time.monotonic()))[0]:
+                rank, code = json.loads(nursery.stdout.readline())
+                codes.setdefault(rank, code)
+                if rank == 0:
+                    deadline = min(deadline, time.monotonic() + grace)
+                continue
+            late = [rank for rank in range(world) if rank not in codes]
+            for rank in late:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(children[rank], signal.SIGKILL)
+                codes[rank] = None
+            for _ in late:
+                nursery.stdout.readline()
+        return [Ended(codes[rank], out[rank].read_text(), err[rank].read_text()) for rank in range(world)]
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def run_ranks(start_ranks) -> Start:
+    """`start_ranks` of ranks that must all end well; fails with what they printed if one does not."""
+
+    def run(world: int, file: str | Path, function: str, *arguments: object, timeout: float = 300.0) -> None:
+        ranks = start_ranks(world, file, function, *arguments, timeout=timeout)
+        if any(rank.code != 0 for rank in ranks):
+            late = any(rank.code is None for rank in ranks)
             text = "\n".join(
-                f"--- rank {rank}, exit code {codes[rank]}\n{log.read_text()[-4000:]}" for rank, log in enumerate(logs)
+                f"--- rank {number}, exit code {rank.code}\n{(rank.out + rank.err)[-4000:]}"
+                for number, rank in enumerate(ranks)
             )
             pytest.fail(f"{function} in {world} ranks {'took too long' if late else 'failed'}\n{text}", pytrace=False)
 
     return run
+
+
+@pytest.fixture(scope="module")
+def failures(request, run_ranks, tmp_path_factory) -> Callable[[int], list[dict[str, str]]]:
+    """`failures(world)[rank]`: tracebacks by name of the case, that `run_all(folder)` of the test file wrote as JSON.
+
+    Each world is started once.
+    """
+    found: dict[int, list[dict[str, str]]] = {}
+
+    def of(world: int) -> list[dict[str, str]]:
+        if world not in found:
+            folder = tmp_path_factory.mktemp(f"world{world}")
+            run_ranks(world, request.path, "run_all", folder)
+            found[world] = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(world)]
+        return found[world]
+
+    return of

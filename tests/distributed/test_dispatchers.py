@@ -613,21 +613,6 @@ def run_all(folder):
         Path(folder, f"{process.rank}.json").write_text(json.dumps(failures))
 
 
-@pytest.fixture(scope="module")
-def failures(run_ranks, tmp_path_factory):
-    """What failed in the ranks of a world size, by layout and case; each world is started once."""
-    found = {}
-
-    def of(world):
-        if world not in found:
-            folder = tmp_path_factory.mktemp(f"world{world}")
-            run_ranks(world, __file__, "run_all", folder)
-            found[world] = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(world)]
-        return found[world]
-
-    return of
-
-
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize(
     ("world", "layout"), [(world, layout) for world, layouts in LAYOUTS.items() for layout in layouts]

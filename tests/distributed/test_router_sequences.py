@@ -98,20 +98,6 @@ def run_all(folder):
         Path(folder, f"{process.rank}.json").write_text(json.dumps(failures))
 
 
-@pytest.fixture(scope="module")
-def failures(run_ranks, tmp_path_factory):
-    found = {}
-
-    def of(world):
-        if world not in found:
-            folder = tmp_path_factory.mktemp(f"world{world}")
-            run_ranks(world, __file__, "run_all", folder)
-            found[world] = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(world)]
-        return found[world]
-
-    return of
-
-
 @pytest.mark.parametrize("name", ROUTERS)
 @pytest.mark.parametrize(("world", "layout"), [(w, layout) for w, layouts in WORLDS.items() for layout in layouts])
 def test_parts_decide_as_the_whole(failures, world, layout, name):

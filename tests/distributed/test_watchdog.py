@@ -2,7 +2,6 @@
 
 import os
 import signal
-import subprocess
 import sys
 import time
 
@@ -55,31 +54,12 @@ def worker(action):
 
 
 @pytest.fixture
-def start(choose_port):
+def start(start_ranks):
     """`start(action) -> [(exit code or None if it had to be killed, stdout, stderr)]` of two ranks."""
 
     def start(action):
-        port = str(choose_port())
-        variables = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
-        ranks = [
-            subprocess.Popen(
-                [sys.executable, __file__, action],
-                env={**os.environ, **variables, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-            for rank in range(2)
-        ]
-        results = []
-        for process in ranks:
-            code: int | None = None
-            try:
-                code = process.wait(timeout=60 if process is ranks[0] else 5)
-            except subprocess.TimeoutExpired:
-                process.kill()
-            results.append((code, *process.communicate()))
-        return results
+        ranks = start_ranks(2, __file__, "worker", action, timeout=60.0, grace=5.0)
+        return [(rank.code, rank.out, rank.err) for rank in ranks]
 
     return start
 
@@ -112,4 +92,4 @@ def test_ranks_that_get_on_are_left_alone(start):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    worker(sys.argv[1])
+    globals()[sys.argv[1]](*sys.argv[2:])
