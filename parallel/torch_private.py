@@ -9,9 +9,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch.distributed as dist
-from torch.distributed import ProcessGroup, Store
+from torch._C._distributed_c10d import PrefixStore, ProcessGroup, Store, _resolve_process_group
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.distributed_c10d import _get_default_store, _resolve_process_group
+from torch.distributed.distributed_c10d import _get_default_store
 from torch.distributed.tensor.placement_types import _StridedShard
 
 
@@ -35,9 +35,9 @@ def split_mesh(world: DeviceMesh, sizes: dict[str, int], real: set[str]) -> Devi
 StridedShard = _StridedShard
 
 
-def default_store() -> Store:
-    """The key-value store through which the ranks of the default process group met."""
-    return _get_default_store()
+def own_store(prefix: str) -> Store:
+    """The key-value store through which the ranks met, over a connection that no other thread waits on."""
+    return PrefixStore(prefix, _get_default_store().clone())  # type: ignore[reportAttributeAccessIssue]
 
 
 # torch 2.13 has new names for them, and warns about the old ones.
@@ -58,4 +58,4 @@ def ring_attention() -> tuple[Callable[..., Any], Callable[..., Any]]:
 
 def group_by_name(name: str) -> ProcessGroup:
     """The process group that torch's functional collectives mean by a name."""
-    return _resolve_process_group(name)
+    return _resolve_process_group(name)  # type: ignore[reportArgumentType]

@@ -18,11 +18,15 @@ import traceback
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from types import FrameType
+from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 
 from .process import Process
-from .torch_private import default_store
+from .torch_private import own_store
+
+if TYPE_CHECKING:
+    from torch._C._distributed_c10d import Store
 
 EXIT_CODE = 1
 _GRACE_S = 15.0  # how long ranks wait for each other's words; they notice at nearly the same time
@@ -62,8 +66,7 @@ class Watchdog:
 
     def __enter__(self) -> Watchdog:
         if self._process.world > 1 and dist.is_initialized():
-            # Its own connection: the main thread may be waiting in the store when this thread needs it.
-            store = dist.PrefixStore("scatterfold/watchdog", default_store().clone())
+            store = own_store("scatterfold/watchdog")  # the main thread may be waiting in its own
             self._thread = threading.Thread(target=self._watch, args=(store,), name="watchdog", daemon=True)
             self._thread.start()
         return self
@@ -79,13 +82,13 @@ class Watchdog:
         """Say that this rank has got on."""
         self._moved = time.monotonic()
 
-    def _watch(self, store: dist.Store) -> None:
+    def _watch(self, store: Store) -> None:
         interval = min(5.0, self._timeout_s / 4)
         while not self._ended.wait(interval):
             if time.monotonic() - self._moved > self._timeout_s:
                 return self._end(store)
 
-    def _end(self, store: dist.Store) -> None:
+    def _end(self, store: Store) -> None:
         self._ending.set()
         frame = sys._current_frames().get(self._main)
         own = _standing(self._process.rank, frame)
@@ -102,7 +105,7 @@ class Watchdog:
         sys.stdout.flush()
         os._exit(EXIT_CODE)  # the main thread is inside of a call that may never return
 
-    def _gather(self, store: dist.Store, own: Standing) -> dict[int, Standing]:
+    def _gather(self, store: Store, own: Standing) -> dict[int, Standing]:
         """What every rank that can still speak says, after giving all of them time to notice."""
         store.set(str(own.rank), json.dumps(asdict(own)))
         found: dict[int, Standing] = {}

@@ -40,6 +40,14 @@ class Batch:
     num_targets: int
     num_bytes: int
 
+    def arguments(self, device: torch.device) -> dict[str, Tensor]:
+        """What the forward pass of a model gets of it; the copies to a GPU are under way."""
+        return {
+            "tokens": self.tokens.to(device, non_blocking=True),
+            "labels": self.labels.to(device, non_blocking=True),
+            "cu_seqlens": self.cu_seqlens,
+        }
+
     def pin_memory(self) -> Batch:
         """The same batch in page-locked memory, from which a GPU copies without waiting."""
         return replace(self, tokens=self.tokens.pin_memory(), labels=self.labels.pin_memory())

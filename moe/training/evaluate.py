@@ -66,14 +66,8 @@ def evaluate(
     total_loss = torch.zeros((), dtype=torch.float64, device=device)  # stays on the device: no waiting for each batch
     num_targets = num_bytes = 0
     for batch in batches:
-        total_loss += engine.evaluate(
-            {
-                "tokens": batch.tokens.to(device, non_blocking=True),
-                "labels": batch.labels.to(device, non_blocking=True),
-                "cu_seqlens": batch.cu_seqlens,
-                "context": StepContext(num_sequences=batch.tokens.shape[0]),
-            }
-        )
+        context = StepContext(num_sequences=batch.tokens.shape[0])
+        total_loss += engine.evaluate({**batch.arguments(device), "context": context})
         num_targets += batch.num_targets if counts else 0
         num_bytes += batch.num_bytes if counts else 0
     for part, mode in zip(engine.parts, was_training):

@@ -163,17 +163,12 @@ class Loop:
 
     def _arguments(self, batch: Batch) -> dict[str, Any]:
         """What the model's forward pass gets of a micro-batch."""
-        device = self.process.device
-        return {
-            "tokens": batch.tokens.to(device, non_blocking=True),
-            "labels": batch.labels.to(device, non_blocking=True),
-            "cu_seqlens": batch.cu_seqlens,
-            "context": StepContext(
-                num_sequences=batch.tokens.shape[0],
-                global_tokens=self.batches.tokens_per_step,
-                statistics=self.statistics,
-            ),
-        }
+        context = StepContext(
+            num_sequences=batch.tokens.shape[0],
+            global_tokens=self.batches.tokens_per_step,
+            statistics=self.statistics,
+        )
+        return {**batch.arguments(self.process.device), "context": context}
 
     def _finish_routers(self, statistics: StepStatistics) -> None:
         for index, layer in self.moe_layers:
@@ -184,7 +179,7 @@ class Loop:
         gradient = first_non_finite_gradient(self.engine.grad_norms_by_parameter())
         with FirstNonFiniteOutput(self.engine.parts) as forward:
             for batch in batches:
-                self.engine.evaluate({**self._arguments(batch), "context": StepContext()})
+                self.engine.evaluate(batch.arguments(self.process.device))
         output = next((name for name in gather(forward.name) if name is not None), None)
         where = f"first in the output of {output}" if output else f"first in the gradient of {gradient}"
         first = self.progress.samples
