@@ -18,15 +18,11 @@ import traceback
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from types import FrameType
-from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 
 from .process import Process
-from .torch_private import own_store
-
-if TYPE_CHECKING:
-    from torch._C._distributed_c10d import Store
+from .torch_private import Store, own_store
 
 EXIT_CODE = 1
 _GRACE_S = 15.0  # how long ranks wait for each other's words; they notice at nearly the same time
