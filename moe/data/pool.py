@@ -6,6 +6,7 @@ script needs no main guard, and a worker whose parent was killed reads the end o
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -76,7 +77,9 @@ class Pool:
             process.wait()
             for pipe in (process.stdin, process.stdout):
                 if pipe is not None:
-                    pipe.close()
+                    # A job that was being written when its reader was killed is still in the buffer.
+                    with contextlib.suppress(BrokenPipeError):
+                        pipe.close()
 
     def _kill(self) -> None:
         for process in self._processes:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import pickle
 import warnings
 import zlib
 from collections.abc import Collection, Mapping
@@ -20,17 +19,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 
 from ...kernels.errors import CheckpointError
 from ..process import together
 from .consolidated import consolidated_shapes, is_consolidated, read_consolidated
+from .index import INDEX, SafeReader, read_index
 from .state import model_state
 
 META = "meta.json"
-INDEX = ".metadata"
 FORMAT = 1
 
 logger = logging.getLogger(__name__)
@@ -119,7 +116,7 @@ def read_shapes(path: Path) -> dict[str, torch.Size]:
     """Names and shapes of all tensors of a checkpoint, or of consolidated weights."""
     if is_consolidated(path):
         return consolidated_shapes(Path(path))
-    return {name: entry.size for name, entry in _read_index(path).state_dict_metadata.items()}  # type: ignore[union-attr]
+    return {name: entry.size for name, entry in read_index(path).state_dict_metadata.items()}  # type: ignore[union-attr]
 
 
 def check_fits(path: Path, state: Mapping[str, Tensor], elsewhere: Collection[str] = ()) -> None:
@@ -168,7 +165,7 @@ def load(path: Path, state: dict[str, Tensor], alone: bool = False, elsewhere: C
 
     def check() -> None:
         if not consolidated:
-            _check_sums(path, check_whole(path)["files"], rank, world)
+            check_sums(path, check_whole(path)["files"], rank, world)
         check_fits(path, state, elsewhere)
 
     def read() -> None:
@@ -176,7 +173,7 @@ def load(path: Path, state: dict[str, Tensor], alone: bool = False, elsewhere: C
             if consolidated:
                 read_consolidated(path, state)
             else:
-                dcp_load(dict(state), storage_reader=_Reader(path, _read_index(path)), no_dist=True)
+                dcp_load(dict(state), storage_reader=SafeReader(path), no_dist=True)
         except CheckpointException as error:
             raise CheckpointError(f"{path} cannot be read: {first_failure(error)}") from None
 
@@ -192,9 +189,9 @@ class WholeTensors:
 
     def __init__(self, path: Path) -> None:
         self._path = Path(path)
-        _check_sums(self._path, check_whole(self._path)["files"], 0, 1)
-        self._index = _read_index(self._path)
-        self._reader = _Reader(self._path, self._index)
+        check_sums(self._path, check_whole(self._path)["files"], 0, 1)
+        self._index = read_index(self._path)
+        self._reader = SafeReader(self._path)
 
     def empty(self, name: str, device: str = "cpu") -> Tensor:
         """Memory in the shape and dtype of a tensor; on the device `meta`, none."""
@@ -234,73 +231,9 @@ def first_failure(error: CheckpointException) -> str:
     return text.strip().splitlines()[0] if text.strip() else type(cause).__name__
 
 
-def _check_sums(path: Path, files: Mapping[str, tuple[int, int]], rank: int, world: int) -> None:
+def check_sums(path: Path, files: Mapping[str, tuple[int, int]], rank: int, world: int) -> None:
     """Compare checksums, every rank its share of the files."""
     for name, (_, expected) in sorted(files.items())[rank::world]:
         found = checksum(path / name)
         if found != expected:
             raise CheckpointError(f"{path / name} is damaged: its checksum is {found:08x}, expected {expected:08x}")
-
-
-class _Reader(FileSystemReader):
-    """DCP's reader, with an index that was read safely."""
-
-    def __init__(self, path: Path, index: Metadata) -> None:
-        super().__init__(path)
-        self._index = index
-
-    def read_metadata(self) -> Metadata:  # type: ignore[override]
-        return self._index
-
-
-_SAFE = {
-    ("collections", "OrderedDict"),
-    ("pathlib", "PosixPath"),
-    ("pathlib", "PurePosixPath"),
-    ("pathlib._local", "PosixPath"),
-    ("torch", "Size"),
-    ("torch.serialization", "_get_layout"),
-    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
-    *(
-        ("torch.distributed.checkpoint.metadata", name)
-        for name in (
-            "ChunkStorageMetadata",
-            "Metadata",
-            "MetadataIndex",
-            "StorageMeta",
-            "TensorProperties",
-            "TensorStorageMetadata",
-            "_MEM_FORMAT_ENCODING",
-        )
-    ),
-}
-
-
-class _IndexUnpickler(pickle.Unpickler):
-    """Builds only the classes that an index of tensors is made of.
-
-    BytesStorageMetadata is not among them: it marks pickled objects, which Scatterfold never writes and never reads.
-    """
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in _SAFE or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"it wants to load {module}.{name}")
-
-
-def _read_index(path: Path) -> Metadata:
-    file = Path(path) / INDEX
-    try:
-        with open(file, "rb") as stream:
-            index = _IndexUnpickler(stream).load()
-        entries, places = index.state_dict_metadata, index.storage_data
-        if not all(isinstance(entry, TensorStorageMetadata) for entry in entries.values()):
-            raise ValueError("it lists something that is no tensor")
-        for place in places.values():
-            if Path(place.relative_path).name != place.relative_path:
-                raise ValueError(f"it points outside of the folder, to {place.relative_path}")
-    except FileNotFoundError:
-        raise CheckpointError(f"{file} is missing: {path} is not a whole checkpoint") from None
-    except Exception as error:  # a damaged pickle raises almost anything
-        raise CheckpointError(f"{file} is damaged: {error}") from None
-    return index
