@@ -7,6 +7,9 @@ spend time and memory on pairs that do not see each other, so:
 - CPU: one call for each run of documents of equal length, 5 to 7 times faster than a mask;
 - CUDA in bf16 or fp16: `torch.nn.attention.varlen.varlen_attn`;
 - CUDA otherwise: FlexAttention, whose block mask is made once per forward pass and shared by all layers.
+
+Attention sinks (one logit a head in the denominator of the softmax, GPT-OSS) are a token before the first one where
+`scaled_dot_product_attention` runs, and a factor on the output of FlexAttention elsewhere.
 """
 
 from __future__ import annotations
@@ -126,21 +129,26 @@ def attention(
     v: Tensor,
     cu_seqlens: Tensor | Documents | None = None,
     window: int | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Causal grouped-query attention in which packed documents do not see each other.
 
     Args:
         q: (B, S, H, W) queries.
-        k, v: (B, P, G, W), H divisible by G. P > S means that the first P - S positions are past tokens (a key-value
+        k: (B, P, G, W), H divisible by G. P > S means that the first P - S positions are past tokens (a key-value
             cache) and the queries are the newest S; then there is one document a row.
+        v: (B, P, G, V), V at most W.
         cu_seqlens: where documents start, as described at `Documents`; None for one document a row.
         window: a token sees itself and the window - 1 tokens before it; None for all before it.
+        sinks: (H,) a logit of each head that takes part in its softmax and brings no value; None for none.
 
-    Returns: (B, S, H, W).
+    Returns: (B, S, H, V).
     """
     rows, length = q.shape[:2]
+    if v.shape[-1] < q.shape[-1]:
+        return attention(q, k, widened(v, q.shape[-1]), cu_seqlens, window, sinks)[..., : v.shape[-1]]
     if k.shape[1] != length:
-        return _with_past(q, k, v, window)
+        return _with_past(q, k, v, window, sinks)
     documents = cu_seqlens
     if not isinstance(documents, Documents):
         documents = Documents.of(documents, rows, length, q.device)
@@ -148,40 +156,73 @@ def attention(
         window = None
     if documents is None:
         if window is None:
-            return _sdpa(q, k, v, is_causal=True)
+            return _sdpa(q, k, v, is_causal=True, sinks=sinks)
         documents = Documents.rows(rows, length, q.device)
     shape = q.shape
     q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
     if not q.is_cuda:
-        out = _document_by_document(q, k, v, documents, window)
-    elif q.dtype in (torch.bfloat16, torch.float16) and _varlen_serves(window):
+        out = _document_by_document(q, k, v, documents, window, sinks)
+    elif sinks is None and q.dtype in (torch.bfloat16, torch.float16) and _varlen_serves(window):
         out = _varlen(q, k, v, documents, window)
     else:
-        out = _flex(q, k, v, documents, window)
+        out = _flex(q, k, v, documents.block_mask(window), sinks)
     return out.view(shape)
 
 
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+def widened(v: Tensor, width: int) -> Tensor:
+    """Values with zeros behind them: the fast kernels take keys and values of one width."""
+    return F.pad(v, (0, width - v.shape[-1]))
+
+
+def _sdpa(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    is_causal: bool = False,
+    sinks: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
     """(B, S, H, W), (B, P, G, W) -> (B, S, H, W)."""
+    if sinks is not None:
+        return _sdpa_with_sinks(q, k, v, mask, is_causal, sinks)
     grouped = q.shape[2] != k.shape[2]
     if grouped and q.is_cuda and q.dtype == torch.float32:  # only the kernels for half precision know groups there
         k, v, grouped = _repeat_heads(k, q.shape[2]), _repeat_heads(v, q.shape[2]), False
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, enable_gqa=grouped)
+    options: dict[str, Any] = {} if scale is None else {"scale": scale}
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, enable_gqa=grouped, **options)
     return out.transpose(1, 2)
+
+
+def _sdpa_with_sinks(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, sinks: Tensor) -> Tensor:
+    """A sink is a token before the first, which every query sees and whose value is zero.
+
+    Its logit depends on the query head, of which several may share a key: so the logit is one more channel of the
+    queries, in which that token's key is one and all others are zero. Under a causal mask it has a query too.
+    """
+    width, scale = q.shape[-1], q.shape[-1] ** -0.5
+    more = 8 if q.is_cuda else 1  # channels: there the fast kernels want multiples of 8
+    logit = (sinks / scale).to(q.dtype)[:, None].expand(*q.shape[:-1], 1)
+    q = F.pad(torch.cat((q, logit), -1), (0, more - 1, 0, 0, int(is_causal), 0))
+    k, v = F.pad(k, (0, more, 0, 0, 1, 0)), F.pad(v, (0, more, 0, 0, 1, 0))
+    k[:, 0, :, width] = 1.0
+    if mask is not None:
+        mask = F.pad(mask, (1, 0), value=True)
+    return _sdpa(q, k, v, mask, is_causal, scale=scale)[:, int(is_causal) :, :, :width]
 
 
 def _repeat_heads(x: Tensor, heads: int) -> Tensor:
     return x.repeat_interleave(heads // x.shape[-2], dim=-2)
 
 
-def _with_past(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
+def _with_past(q: Tensor, k: Tensor, v: Tensor, window: int | None, sinks: Tensor | None) -> Tensor:
     new, total = q.shape[1], k.shape[1]
     if new == 1:
         if window is not None:
             k, v = k[:, -window:], v[:, -window:]
-        return _sdpa(q, k, v)
-    return _sdpa(q, k, v, mask=_causal_mask(new, total, window, q.device))
+        return _sdpa(q, k, v, sinks=sinks)
+    return _sdpa(q, k, v, mask=_causal_mask(new, total, window, q.device), sinks=sinks)
 
 
 def _causal_mask(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:
@@ -193,7 +234,9 @@ def _causal_mask(queries: int, keys: int, window: int | None, device: torch.devi
 
 
 @untraced  # every batch has other lengths: a trace would be made anew each time
-def _document_by_document(q: Tensor, k: Tensor, v: Tensor, documents: Documents, window: int | None) -> Tensor:
+def _document_by_document(
+    q: Tensor, k: Tensor, v: Tensor, documents: Documents, window: int | None, sinks: Tensor | None
+) -> Tensor:
     """(T, H, W), (T, G, W) -> (T, H, W) by one call for each run of documents of equal length."""
     plan = documents.plan
     if plan.order is not None:
@@ -203,9 +246,10 @@ def _document_by_document(q: Tensor, k: Tensor, v: Tensor, documents: Documents,
     for (count, length), *run in zip(plan.runs, q.split(sizes), k.split(sizes), v.split(sizes)):
         q_run, k_run, v_run = (x.unflatten(0, (count, length)) for x in run)
         if window is None or window >= length:
-            out_run = _sdpa(q_run, k_run, v_run, is_causal=True)
+            out_run = _sdpa(q_run, k_run, v_run, is_causal=True, sinks=sinks)
         else:
-            out_run = _sdpa(q_run, k_run, v_run, mask=_causal_mask(length, length, window, q.device))
+            mask = _causal_mask(length, length, window, q.device)
+            out_run = _sdpa(q_run, k_run, v_run, mask=mask, sinks=sinks)
         out.append(out_run.flatten(0, 1))
     joined = torch.cat(out)
     return joined if plan.order is None else _Permute.apply(joined, plan.restore, plan.order)
@@ -261,8 +305,17 @@ def _compiled_flex() -> Any:
 
 
 @untraced
-def _flex(q: Tensor, k: Tensor, v: Tensor, documents: Documents, window: int | None) -> Tensor:
-    """(T, H, W), (T, G, W) -> (T, H, W), all tokens as one row under a block mask."""
+def _flex(q: Tensor, k: Tensor, v: Tensor, block_mask: Any, sinks: Tensor | None = None) -> Tensor:
+    """(T, H, W), (P, G, W) -> (T, H, W), all tokens as one row under a block mask.
+
+    A sink s scales the output of its head: exp(lse) / (exp(lse) + exp(s)) of each query's log-sum-exp.
+    """
     q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
-    out = _compiled_flex()(q, k, v, block_mask=documents.block_mask(window), enable_gqa=q.shape[1] != k.shape[1])
+    options: dict[str, Any] = {"block_mask": block_mask, "enable_gqa": q.shape[1] != k.shape[1]}
+    if sinks is None:
+        return _compiled_flex()(q, k, v, **options).squeeze(0).transpose(0, 1)
+    from torch.nn.attention.flex_attention import AuxRequest
+
+    out, aux = _compiled_flex()(q, k, v, **options, return_aux=AuxRequest(lse=True))
+    out = out * torch.sigmoid(aux.lse - sinks[:, None].to(aux.lse.dtype)).unsqueeze(-1).to(out.dtype)
     return out.squeeze(0).transpose(0, 1)

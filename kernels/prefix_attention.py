@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .attention import _causal_mask, _compiled_flex, _Permute, _sdpa, _varlen_call, _varlen_serves
+from .attention import _causal_mask, _flex, _Permute, _sdpa, _varlen_call, _varlen_serves, widened
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,24 +50,27 @@ class Prefixes:
         return self._masks[window]
 
 
-def prefix_attention(q: Tensor, k: Tensor, v: Tensor, prefixes: Prefixes, window: int | None = None) -> Tensor:
+def prefix_attention(
+    q: Tensor, k: Tensor, v: Tensor, prefixes: Prefixes, window: int | None = None, sinks: Tensor | None = None
+) -> Tensor:
     """Causal grouped-query attention within each piece.
 
     Args:
         q: (Tq, H, W) queries of all pieces.
-        k, v: (Tk, G, W), H divisible by G.
+        k, v: (Tk, G, W) and (Tk, G, V), H divisible by G, V at most W.
         window: a token sees itself and the window - 1 tokens before it; None for all before it.
+        sinks: (H,) a logit of each head that takes part in its softmax and brings no value; None for none.
 
-    Returns: (Tq, H, W).
+    Returns: (Tq, H, V).
     """
+    if v.shape[-1] < q.shape[-1]:
+        return prefix_attention(q, k, widened(v, q.shape[-1]), prefixes, window, sinks)[..., : v.shape[-1]]
     if not q.is_cuda:
-        return _piece_by_piece(q, k, v, prefixes, window)
-    if q.dtype in (torch.bfloat16, torch.float16) and _varlen_serves(window):
+        return _piece_by_piece(q, k, v, prefixes, window, sinks)
+    if sinks is None and q.dtype in (torch.bfloat16, torch.float16) and _varlen_serves(window):
         longest = max(prefixes.queries, default=0), max(prefixes.keys, default=0)
         return _varlen_call(q, k, v, (prefixes.cu_queries, prefixes.cu_keys), longest, window)
-    q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
-    out = _compiled_flex()(q, k, v, block_mask=prefixes.block_mask(window), enable_gqa=q.shape[1] != k.shape[1])
-    return out.squeeze(0).transpose(0, 1)
+    return _flex(q, k, v, prefixes.block_mask(window), sinks)
 
 
 def permute(x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
@@ -75,7 +78,9 @@ def permute(x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
     return _Permute.apply(x, order, inverse)
 
 
-def _piece_by_piece(q: Tensor, k: Tensor, v: Tensor, prefixes: Prefixes, window: int | None) -> Tensor:
+def _piece_by_piece(
+    q: Tensor, k: Tensor, v: Tensor, prefixes: Prefixes, window: int | None, sinks: Tensor | None
+) -> Tensor:
     runs = prefixes.runs()
     query_sizes = [count * queries for count, queries, _ in runs]
     key_sizes = [count * keys for count, _, keys in runs]
@@ -87,10 +92,10 @@ def _piece_by_piece(q: Tensor, k: Tensor, v: Tensor, prefixes: Prefixes, window:
         k_run, v_run = k_run.unflatten(0, (count, keys)), v_run.unflatten(0, (count, keys))
         hidden_by_window = window is not None and window < keys
         if queries == keys and not hidden_by_window:
-            out_run = _sdpa(q_run, k_run, v_run, is_causal=True)
+            out_run = _sdpa(q_run, k_run, v_run, is_causal=True, sinks=sinks)
         else:
             mask = _causal_mask(queries, keys, window if hidden_by_window else None, q.device)
-            out_run = _sdpa(q_run, k_run, v_run, mask=mask)
+            out_run = _sdpa(q_run, k_run, v_run, mask=mask, sinks=sinks)
         out.append(out_run.flatten(0, 1))
     return torch.cat(out)
 

@@ -54,8 +54,14 @@ def scatter2scatter(
         y_index = slot if y_side == "slot" else None
     by_token = (routing.assignment, routing.token_offsets) if x_side == "token" else (None, None)
     y = grouped_rows(x, w, bias, x_index, y_index, routing.expert_offsets, *by_token)
-    if y_side != "token":
-        return y
+    return weighted_sum(y, routing) if y_side == "token" else y
+
+
+def weighted_sum(y: Tensor, routing: Routing) -> Tensor:
+    """Sum of rows ordered by expert, (N, O), per token and by the combine weights: (T, O).
+
+    Differentiable in y and routing.weight. Padding rows are not read.
+    """
     return _WeightedSum.apply(
         y, routing.weight, routing.token, routing.expert_offsets, routing.assignment, routing.token_offsets
     )  # pyright: ignore[reportReturnType]

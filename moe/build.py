@@ -12,10 +12,12 @@ from ..kernels import ConfigError
 from ..parallel.dispatchers import Dispatcher
 from ..parallel.meshes import ALONE, Meshes
 from ..parallel.stages import PipelineSchedule, split_layers
+from .adapters import AdapterExperts
 from .components import build, check
 from .experts import Experts
 from .models.config import ModelConfig
 from .models.counts import ModelCounts, count_model, layer_costs
+from .models.frozen import check_frozen
 from .models.transformer import Transformer
 from .routers.base import Router
 
@@ -53,6 +55,8 @@ class ModelPlan:
         if plan.is_moe:
             plan.counts()  # builds a router and experts on the meta device, which checks their settings
             plan.make_dispatcher()
+        if model.frozen:
+            check_frozen(plan._outline(), model.frozen)
         return plan
 
     @property
@@ -70,7 +74,9 @@ class ModelPlan:
         Args:
             sequence_length: for the attention term of the FLOPs; None for model.max_positions.
         """
-        return count_model(self.config, sequence_length=sequence_length, **self._active())
+        return count_model(
+            self.config, sequence_length=sequence_length, frozen_active=self._frozen_active(), **self._active()
+        )
 
     def split(self, stages: int, sequence_length: int | None = None) -> list[range]:
         """The layers of each pipeline stage, so that all have about as much to compute, the head included.
@@ -91,12 +97,32 @@ class ModelPlan:
             "expert_activation": experts.activation,
             "router_parameters": sum(parameter.numel() for parameter in router.parameters()),
             "expert_bias": experts.b_in is not None,
+            "adapter_width": experts.expert_width if isinstance(experts, AdapterExperts) else None,
         }
+
+    def _outline(self) -> Transformer:
+        """The whole model of one process, without memory."""
+        with torch.device("meta"):
+            return self.make_model()
+
+    def _frozen_active(self) -> float:
+        """Parameters in matrix products of one token that are not trained, of experts the share that a token uses."""
+        with torch.device("meta"):
+            trains_experts = not self.is_moe or all(p.requires_grad for p in self.make_experts().parameters())
+        if trains_experts and not self.config.frozen:
+            return 0.0
+        model, share = self._outline(), {}
+        for _, layer in model.moe_layers():
+            active = min(layer.router.max_experts_per_token, self.config.num_experts) / self.config.num_experts
+            share |= {id(parameter): active for parameter in layer.experts.stacked.parameters()}
+        if model.embedding is not None and not self.config.tie_embeddings:
+            share[id(model.embedding.weight)] = 0.0  # looked up
+        return sum(share.get(id(p), 1.0) * p.numel() for p in model.parameters() if not p.requires_grad)
 
     def make_router(self) -> Router:
         return build(self.router, "router", width=self.config.width, num_experts=self.config.num_experts)
 
-    def make_experts(self) -> Experts:
+    def make_experts(self) -> Experts | AdapterExperts:
         return build(
             self.experts,
             "experts",

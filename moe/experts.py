@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..kernels import ConfigError, Routing, is_gated, moe_mlp
@@ -69,6 +70,18 @@ class Experts(nn.Module):
         for bias in (self.b_in, self.b_out):
             if bias is not None:
                 nn.init.zeros_(bias)
+
+    @property
+    def stacked(self) -> Experts:
+        """The part whose parameters are stacked over the experts, which ep and etp cut: all of it."""
+        return self
+
+    def share(self, group: dist.ProcessGroup | None) -> None:
+        """Tell what runs before the dispatch over which tp ranks it is cut: nothing does."""
+
+    def before(self, hidden_TD: Tensor) -> Tensor:
+        """What every token passes once, before it travels to its experts: nothing."""
+        return hidden_TD
 
     def forward(self, rows: Tensor, routing: Routing) -> Tensor:
         w_in, w_out = local_part(self.w_in), local_part(self.w_out)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
@@ -14,6 +15,9 @@ from .inject import inject_gradient
 from .recompute import recomputing
 from .routers.base import Router
 from .routers.output import RouterOutput
+
+if TYPE_CHECKING:
+    from .adapters import AdapterExperts
 
 
 class MoELayer(nn.Module):
@@ -34,7 +38,7 @@ class MoELayer(nn.Module):
     def __init__(
         self,
         router: Router,
-        experts: Experts,
+        experts: Experts | AdapterExperts,
         shared: nn.Module | None = None,
         dispatcher: Dispatcher | None = None,
         index: int = 0,
@@ -51,7 +55,7 @@ class MoELayer(nn.Module):
         hidden_TD = hidden.flatten(0, -2)
         routed = self.router(hidden_TD, context)
         routing = self._inject_losses(routed, hidden_TD.shape[0], context) if self.training else routed.routing
-        dispatched = self.dispatcher.dispatch(hidden_TD, routing)
+        dispatched = self.dispatcher.dispatch(self.experts.before(hidden_TD), routing)
         shared_TD = None if self.shared is None else self.shared(hidden_TD)  # while the tokens travel
         out_TD = run_experts(self.dispatcher, dispatched, self.experts)
         if shared_TD is not None:

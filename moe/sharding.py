@@ -17,6 +17,6 @@ def sharding_plan(parts: Sequence[Transformer]) -> ShardingPlan:
     return ShardingPlan(
         units=[unit for part in parts for unit in part.sharding_units()],
         float32=[layer.router for layer in layers],
-        experts=[StackedExperts(layer.experts, EXPERT_WIDTH_DIMENSIONS) for layer in layers],
+        experts=[StackedExperts(layer.experts.stacked, EXPERT_WIDTH_DIMENSIONS) for layer in layers],
         tensor_styles={name: style for part in parts for name, style in part.tensor_styles().items()},
     )

@@ -65,8 +65,8 @@ class ContextAttention(ABC):
     """Causal attention of this rank's queries to the keys of all ranks; made once per pass, used by every layer."""
 
     @abstractmethod
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """(B, S / CP, H, W), (B, S / CP, G, W) twice -> (B, S / CP, H, W)."""
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None = None) -> Tensor:
+        """(B, S / CP, H, W), (B, S / CP, G, W), (B, S / CP, G, V), sinks (H,) -> (B, S / CP, H, V)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,15 +128,17 @@ class GatheredContext(ContextAttention):
         return cls(group, Prefixes.of(queries, keys, device), *moved, window)  # type: ignore[arg-type]
 
     @untraced
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None = None) -> Tensor:
         gathered = gather_rows(torch.cat((k, v), -1), self.group)  # one message
-        keys, values = gathered.flatten(0, 1).index_select(0, self.key).chunk(2, -1)
-        queries = q.flatten(0, 1)
+        both = gathered.flatten(0, 1).index_select(0, self.key)
+        keys, values = both.split((k.shape[-1], v.shape[-1]), -1)
+        queries, shape = q.flatten(0, 1), (*q.shape[:-1], v.shape[-1])
         if self.query is None:
-            return prefix_attention(queries, keys, values, self.prefixes, self.window).view(q.shape)
+            return prefix_attention(queries, keys, values, self.prefixes, self.window, sinks).view(shape)
         assert self.restore is not None
-        out = prefix_attention(permute(queries, self.query, self.restore), keys, values, self.prefixes, self.window)
-        return permute(out, self.restore, self.query).view(q.shape)
+        queries = permute(queries, self.query, self.restore)
+        out = prefix_attention(queries, keys, values, self.prefixes, self.window, sinks)
+        return permute(out, self.restore, self.query).view(shape)
 
 
 def _ring(*args: Any) -> ContextAttention:

@@ -113,6 +113,11 @@ def gather(value: T) -> list[T]:
     return values
 
 
+def place() -> tuple[int, int]:
+    """Rank of this process and how many there are, once they know of each other; alone, 0 of 1."""
+    return (dist.get_rank(), dist.get_world_size()) if _grouped() else (0, 1)
+
+
 def world_size() -> int:
     """How many processes the run has, by torchrun's environment, before they know of each other.
 

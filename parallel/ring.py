@@ -3,7 +3,7 @@
 torch's own (torch.distributed.tensor.experimental, a prototype) with the attention kernel of FlashAttention, in the
 zigzag order of `parallel.context` (Liu et al., 2310.01889). It sends as many bytes as gathering, but holds the keys of
 two ranks at a time and not those of all, and overlaps sending with computation. Blocks of the ring know nothing of
-documents or windows, so both are refused.
+documents, windows or sinks, and their keys and values have one width: what asks for more is refused.
 """
 
 from __future__ import annotations
@@ -54,7 +54,10 @@ class RingContext(ContextAttention):
         return cls(group)
 
     @untraced
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None = None) -> Tensor:
+        if sinks is not None or q.shape[-1] != v.shape[-1]:
+            what = "attention_sinks" if sinks is not None else "latent_attention"
+            raise ConfigError(f"trainer.context_attention=ring knows no model.{what}, allowed: gather")
         q, k, v = (x.transpose(1, 2).contiguous() for x in (q, k, v))
         return _Ring.apply(q, k, v, self.group).transpose(1, 2)
 

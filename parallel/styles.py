@@ -39,5 +39,5 @@ def cut_outputs() -> ParallelStyle:
 
 
 def cut_inputs() -> ParallelStyle:
-    """A projection without bias that reads a slice of the channels on each rank, whose results are to be summed."""
+    """A projection that reads a slice of the channels on each rank, whose results are to be summed, its bias after."""
     return CutParameters(weight=1)

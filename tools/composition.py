@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -30,6 +30,7 @@ from omegaconf import DictConfig, OmegaConf, read_write
 from ..kernels.errors import ConfigError
 from .close_match import did_you_mean
 from .composition_errors import as_config_error, unknown_key
+from .init_from import choices_of_folder
 from .legal_keys import parameters_of
 from .request import Request
 
@@ -50,13 +51,18 @@ HYDRA_DEFAULTS = {
 
 
 class Session:
-    """Hydra, pointed at the configs of one request."""
+    """Hydra, pointed at the configs of one request.
 
-    def __init__(self, hydra: Hydra, request: Request) -> None:
+    Attributes:
+        of_folder: overrides that choose the model of the folder that `init_from` names.
+    """
+
+    def __init__(self, hydra: Hydra, request: Request, of_folder: tuple[str, ...] = ()) -> None:
         self.hydra = hydra
         self.request = request
+        self.of_folder = of_folder
         own = [f"{key}={value}" for key, value in HYDRA_DEFAULTS.items() if request.value_of(key) is None]
-        self.overrides = [*own, *request.overrides]
+        self.overrides = [*own, *of_folder, *request.overrides]
 
     def compose(self) -> DictConfig:
         """Compose the whole configuration, Hydra's own part included. Raises: ConfigError."""
@@ -78,6 +84,10 @@ class Session:
         """Keys that the user set to one value for all trials of a sweep."""
         parsed = OverridesParser.create(self.hydra.config_loader).parse_overrides(list(self.request.overrides))
         return {override.get_key_element().lstrip("+~") for override in parsed if not override.is_sweep_override()}
+
+    def typed(self, overrides: Iterable[str]) -> tuple[str, ...]:
+        """Those that the user typed: a process that composes them again finds what lies in the folder by itself."""
+        return tuple(word for word in overrides if word not in self.of_folder)
 
     def compose_sweep(self) -> DictConfig:
         """Compose for a sweep, after a trial run with the first of every list of values. Raises: ConfigError."""
@@ -196,7 +206,9 @@ def session(request: Request) -> Iterator[Session]:
     if request.config_dir is not None:
         path.append("command-line", f"file://{request.config_dir}", anchor=SearchPathQuery("main", None))
     try:
-        yield Session(Hydra.create_main_hydra2("scatterfold", path), request)
+        hydra = Hydra.create_main_hydra2("scatterfold", path)
+        with choices_of_folder(hydra, request) as of_folder:
+            yield Session(hydra, request, of_folder)
     finally:
         GlobalHydra.instance().clear()
 

@@ -34,6 +34,7 @@ Usage: scatterfold train [flags] [group=choice] [key=value]
 
   run_dir=DIR           where everything about the run goes [runs/DATE_TIME]; the same folder again resumes
   resume=auto           auto, never, or a checkpoint
+  init_from=DIR         begin with the model in DIR, of any format; it is the model unless model=NAME chooses one
   hydra.sweep.dir=DIR   where the trials of -m go [multirun/DATE_TIME]; the same folder again skips finished trials
   hydra.launcher.parallel=N   trials at the same time
 
@@ -42,7 +43,7 @@ SCATTERFOLD_DEBUG=1 shows the traceback of bad input too. Exit codes: 0 done, 2 
 Example:
   scatterfold train experiment=demo trainer.steps=200 router.top_k=1"""
 
-ROOT_KEYS = ("seed", "run_dir", "resume", "init_from")
+ROOT_KEYS = ("seed", "run_dir", "resume", "init_from", "init_optimizer")
 GROUPS = (
     *("model", "router", "experts", "dispatcher", "data", "optimizer", "schedule"),
     *("trainer", "logger", "layout", "engine", "launcher"),
@@ -103,6 +104,8 @@ def checked(config: dict[str, Any], request: Request) -> dict[str, Any]:
     for key in ("run_dir", "resume", "init_from"):
         if not isinstance(config.get(key), str | None):
             raise ConfigError(f"{key}={config[key]!r} has the wrong type, allowed: a path in quotes, or null")
+    if not isinstance(config.get("init_optimizer"), bool | None):
+        raise ConfigError(f"init_optimizer={config['init_optimizer']!r} has the wrong type, allowed: true or false")
     if request.config_path is not None and request.value_of("run_dir") is None:
         config = {**config, "run_dir": None}  # a rerun is a run of its own
     return config

@@ -71,7 +71,7 @@ class Sweep:
 
         hydra = HydraConfig.get()
         folder = Path(hydra.runtime.output_dir)
-        request = replace(self.session.request, overrides=tuple(hydra.overrides.task), multirun=False)
+        request = replace(self.session.request, overrides=self.session.typed(hydra.overrides.task), multirun=False)
         result_file = folder / "result.json"
         os.environ[RESULT] = str(result_file.absolute())
         resolved = {**checked(self.session.resolve(config), request), "run_dir": str(folder)}
@@ -91,9 +91,8 @@ class Sweep:
         placed: list[tuple[Trial, Path]] = []
         for number, overrides in jobs:
             taken = {folder for _, folder in placed}
-            placed.append(
-                (Trial(number, overrides), _folder_of(number, overrides, sweep_folder, config, loader, taken))
-            )
+            trial = Trial(number, self.session.typed(overrides))
+            placed.append((trial, _folder_of(trial, overrides, sweep_folder, config, loader, taken)))
         slots: Queue[dict[str, str]] = Queue()
         for share in _shares(parallel):
             slots.put(share)
@@ -192,7 +191,7 @@ class Sweep:
 
 
 def _folder_of(
-    number: int,
+    trial: Trial,
     overrides: tuple[str, ...],
     sweep_folder: Path,
     config: DictConfig,
@@ -204,17 +203,17 @@ def _folder_of(
 
     for file in sorted(sweep_folder.rglob(TRIAL_FILE)):
         known = Trial.load(file.parent)
-        if known is not None and sorted(known.overrides) == sorted(overrides) and file.parent not in taken:
+        if known is not None and sorted(known.overrides) == sorted(trial.overrides) and file.parent not in taken:
             return file.parent
     composed = loader.load_sweep_config(config, list(overrides))
     with open_dict(composed):
-        composed.hydra.job.id = str(number)
-        composed.hydra.job.num = number
+        composed.hydra.job.id = str(trial.number)
+        composed.hydra.job.num = trial.number
     subdir = str(composed.hydra.sweep.subdir)
-    folder, suffix = sweep_folder / subdir, number
+    folder, suffix = sweep_folder / subdir, trial.number
     while folder in taken or (folder / TRIAL_FILE).exists():  # another trial of an earlier sweep lives there
         suffix += 1
-        folder = sweep_folder / (str(suffix) if subdir == str(number) else f"{subdir}_{suffix}")
+        folder = sweep_folder / (str(suffix) if subdir == str(trial.number) else f"{subdir}_{suffix}")
     return folder
 
 

@@ -9,9 +9,12 @@ import triton.language as tl
 
 @triton.jit
 def act(NAME: tl.constexpr, x):
-    """silu, gelu (exact), relu or relu2 of a float32 tensor. NaN stays NaN."""
+    """silu, gelu (exact), relu, relu2 or clamped_swish of a float32 tensor. NaN stays NaN."""
     if NAME == "silu":
         y = x * tl.sigmoid(x)
+    elif NAME == "clamped_swish":
+        x = tl.where(x > 7.0, 7.0, x)
+        y = x * tl.sigmoid(1.702 * x)
     elif NAME == "gelu":
         y = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
     elif NAME == "relu":
@@ -27,6 +30,9 @@ def act_grad(NAME: tl.constexpr, x):
     if NAME == "silu":
         s = tl.sigmoid(x)
         d = s * (1.0 + x * (1.0 - s))
+    elif NAME == "clamped_swish":
+        s = tl.sigmoid(1.702 * x)
+        d = tl.where(x > 7.0, 0.0, s * (1.0 + 1.702 * x * (1.0 - s)))
     elif NAME == "gelu":
         d = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476)) + x * 0.3989422804014327 * tl.exp(-0.5 * x * x)
     elif NAME == "relu":
@@ -34,6 +40,24 @@ def act_grad(NAME: tl.constexpr, x):
     else:
         d = tl.where(x > 0, 2.0 * x, 0.0)
     return d
+
+
+@triton.jit
+def factor(NAME: tl.constexpr, up):
+    """What the gate's activation is multiplied by: up, which clamped_swish clamps and adds one to. NaN stays NaN."""
+    y = up
+    if NAME == "clamped_swish":
+        y = tl.where(up > 7.0, 7.0, tl.where(up < -7.0, -7.0, up)) + 1.0
+    return y
+
+
+@triton.jit
+def factor_grad(NAME: tl.constexpr, up, grad):
+    """`grad`, of the factor, as the gradient of up."""
+    y = grad
+    if NAME == "clamped_swish":
+        y = tl.where((up > 7.0) | (up < -7.0), 0.0, grad)
+    return y
 
 
 @triton.jit

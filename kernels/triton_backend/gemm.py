@@ -15,7 +15,7 @@ is persistent, one program per multiprocessor.
 import triton
 import triton.language as tl
 
-from .device import act, act_grad, halves, locate, multiply, quarters
+from .device import act, act_grad, factor, factor_grad, halves, locate, multiply, quarters
 
 
 @triton.jit
@@ -111,7 +111,7 @@ def _up_store(
     if a is not None:
         h = act(ACT, gate)
         if HALVES == 2:
-            h *= up
+            h *= factor(ACT, up)
         tl.store(a + wide * F + column[None, :], h.to(a.dtype.element_ty), mask=inside)
 
 
@@ -328,7 +328,8 @@ def _dact_store(
     slope = act_grad(ACT, gate)
     if HALVES == 2:
         up = tl.load(z + at_z + F, mask=inside, other=0.0).to(tl.float32)
-        tl.store(dz + at_z + F, (g * scale * h).to(dz.dtype.element_ty), mask=inside)
+        tl.store(dz + at_z + F, factor_grad(ACT, up, g * scale * h).to(dz.dtype.element_ty), mask=inside)
+        up = factor(ACT, up)
         h *= up
         slope *= up
     tl.store(dz + at_z, (g * scale * slope).to(dz.dtype.element_ty), mask=inside)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..context import StepContext
 from ..layer import MoELayer
 from ..recompute import checkpointed
-from .attention import Attention, LayerCache, Visible
+from .attention import LayerCache, SelfAttention, Visible
 from .norm import RMSNorm
 from .rope import Rotation
 
@@ -34,7 +34,7 @@ class Block(nn.Module):
     def __init__(
         self,
         width: int,
-        attention: Attention,
+        attention: SelfAttention,
         mlp: nn.Module,
         norm_eps: float = 1e-5,
         checkpointing: str = "none",

@@ -28,6 +28,11 @@ class RopeScaling(ABC):
         """Factor on the length of queries and of keys."""
         return 1.0
 
+    @property
+    def latent_factor(self) -> float:
+        """Factor on the logits of latent attention, of which only a part of the channels turns."""
+        return 1.0
+
 
 def _check_factor(factor: float) -> None:
     if not factor >= 1.0:
@@ -89,7 +94,8 @@ class YarnScaling(RopeScaling):
         original_positions: context of pre-training.
         beta_fast, beta_slow: turns over `original_positions` at which the ramp starts and ends.
         attention_factor: factor on queries and keys; None for 0.1 ln(factor) + 1 (section 3.4).
-        mscale, mscale_all_dim: DeepSeek's form of that factor: the quotient of 0.1 m ln(factor) + 1 for the two.
+        mscale, mscale_all_dim: DeepSeek's form of that factor: the quotient of 0.1 m ln(factor) + 1 for the two. Where
+            attention is latent, the square of that for mscale_all_dim is a factor on the logits.
         truncate: round the ends of the ramp outwards to whole channels.
     """
 
@@ -133,6 +139,10 @@ class YarnScaling(RopeScaling):
             return self._temperature(self.mscale) / self._temperature(self.mscale_all_dim)
         return self._temperature(1.0)
 
+    @property
+    def latent_factor(self) -> float:
+        return self._temperature(self.mscale_all_dim) ** 2 if self.mscale_all_dim else 1.0
+
     def _temperature(self, mscale: float) -> float:
         return 0.1 * mscale * math.log(self.factor) + 1.0
 
@@ -149,7 +159,10 @@ class Rotation:
     sin: Tensor
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Turn queries or keys: (B, S, H, W) -> (B, S, H, W), computed in float32."""
+        """Turn queries or keys: (B, S, H, W) -> (B, S, H, W), computed in float32. Channels beyond the angles' stay."""
+        turned = self.cos.shape[-1]
+        if turned < x.shape[-1]:
+            return torch.cat((self(x[..., :turned]), x[..., turned:]), -1)
         first, second = x.chunk(2, dim=-1)
         quarter_turn = torch.cat((-second, first), dim=-1)
         return (x * self.cos + quarter_turn * self.sin).to(x.dtype)

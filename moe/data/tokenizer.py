@@ -232,11 +232,11 @@ def _byte_level(token: str) -> bytes:
         return token.encode()
 
 
-def _byte_alphabet() -> dict[str, int]:
+def byte_alphabet() -> dict[str, int]:
     """GPT-2's spelling of the 256 bytes: printable Latin-1 stands for itself, the others for U+0100 onwards."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(0x100 + rank): byte for rank, byte in enumerate(others)}
 
 
-_BYTE_OF_CHARACTER = _byte_alphabet()
+_BYTE_OF_CHARACTER = byte_alphabet()

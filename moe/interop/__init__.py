@@ -1,5 +1,7 @@
-"""Models in the formats of others."""
+"""Models in folders: every format opens as a `StoredModel` and is written from one."""
 
-from .safetensors import ExportReceipt, export_safetensors, is_export, read_export
+from .open import open_model
+from .stored import StoredModel
+from .write import WriteReceipt, write_model
 
-__all__ = ["ExportReceipt", "export_safetensors", "is_export", "read_export"]
+__all__ = ["StoredModel", "WriteReceipt", "open_model", "write_model"]

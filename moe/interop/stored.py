@@ -64,6 +64,11 @@ class StoredModel:
         """Another model made of this one, of the same step, tokenizer and files; the optimizer's state is left out."""
         return replace(self, config=config, tensors=tensors, optimizer={})
 
+    def parameters(self) -> frozenset[str]:
+        """Names of the tensors that are trained; the others are buffers."""
+        with torch.device("meta"):
+            return frozenset(name for name, _ in self.plan().make_model().named_parameters())
+
     def build(self, device: torch.device | str = "cpu") -> Transformer:
         """The module with its values, on this process alone, in float32 and in evaluation mode."""
         plan = self.checked().plan()

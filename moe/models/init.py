@@ -8,7 +8,8 @@
   equal variance then add up to the variance of one (GPT-2, section 2.3).
 - Embedding: standard deviation 1 / sqrt(D), tied to the head or not.
 - Router: standard deviation 0.02, so that logits start small and loads near balance.
-- Vectors: biases are zero, scales one. Buffers: a module's `reset_buffers()` if it has one.
+- Adapters: the second matrix is zero, so that they change nothing at the start (2401.02731, section 3.2).
+- Vectors: biases and attention sinks are zero, scales one. Buffers: a module's `reset_buffers()` if it has one.
 """
 
 from __future__ import annotations
@@ -49,7 +50,10 @@ def _std(name: str, parameter: Tensor, config: ModelConfig) -> float:
 def _fill(parameter: Tensor, name: str, std: float, seed: int) -> None:
     """Give this rank's part the values that the whole parameter has there; experts held by others are not drawn."""
     local = local_part(parameter)
-    is_bias = name.endswith(("bias", ".b_in", ".b_out"))
+    if name.endswith(".adapters.w_out"):
+        local.zero_()
+        return
+    is_bias = name.endswith(("bias", ".b_in", ".b_out", ".sinks"))
     if is_bias or parameter.ndim < 2:
         local.fill_(0.0 if is_bias else 1.0)
         return

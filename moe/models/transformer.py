@@ -19,7 +19,18 @@ from ...parallel.context import CONTEXT_ATTENTION, check_length, own_part
 from ...parallel.dispatchers import Dispatcher
 from ...parallel.meshes import ALONE as ONE_PROCESS
 from ...parallel.meshes import Meshes
-from ..blocks import MLP, Attention, Block, GatedMLP, KeyValueCache, RMSNorm, RotaryTable
+from ..adapters import AdapterExperts
+from ..blocks import (
+    MLP,
+    Attention,
+    Block,
+    GatedMLP,
+    KeyValueCache,
+    MultiHeadLatentAttention,
+    RMSNorm,
+    RotaryTable,
+    SelfAttention,
+)
 from ..blocks.attention import Visible
 from ..blocks.block import CHECKPOINTING
 from ..blocks.rope import Rotation
@@ -29,6 +40,7 @@ from ..layer import MoELayer
 from ..offload import offloaded
 from ..routers.base import Router
 from .config import ModelConfig, check_tensor_parallel
+from .frozen import freeze
 from .init import initialise
 
 if TYPE_CHECKING:
@@ -62,7 +74,7 @@ class Transformer(nn.Module):
         self,
         config: ModelConfig,
         router: Callable[[], Router] | None = None,
-        experts: Callable[[], Experts] | None = None,
+        experts: Callable[[], Experts | AdapterExperts] | None = None,
         dispatcher: Dispatcher | None = None,
         checkpointing: str = "none",
         seed: int = 0,
@@ -94,7 +106,7 @@ class Transformer(nn.Module):
         for layer in self.layers:
             self.blocks[str(layer)] = Block(
                 config.width,
-                self._make_attention(config, self._tp_group),
+                self._make_attention(config, layer, self._tp_group),
                 self._make_mlp(config, layer, router, experts, dispatcher, self._tp_group),
                 config.norm_eps,
                 checkpointing,
@@ -102,12 +114,25 @@ class Transformer(nn.Module):
         self.norm = RMSNorm(config.width, config.norm_eps) if self.is_last else None
         has_head = self.is_last and not config.tie_embeddings
         self.head = nn.Linear(config.width, config.vocab_size, bias=False) if has_head else None
-        self.rotary = RotaryTable(config.head_size, config.rope_theta, config.max_positions, config.rope_scaling)
+        self.rotary = RotaryTable(config.turned_width, config.rope_theta, config.max_positions, config.rope_scaling)
+        freeze(self, config.frozen)
         if not next(self.parameters()).is_meta:
             self.reset_parameters(seed)
 
     @staticmethod
-    def _make_attention(config: ModelConfig, group: dist.ProcessGroup | None) -> Attention:
+    def _make_attention(config: ModelConfig, layer: int, group: dist.ProcessGroup | None) -> SelfAttention:
+        window = config.window_of(layer)
+        if config.latent_attention is not None:
+            return MultiHeadLatentAttention(
+                config.width,
+                config.heads,
+                config.latent_attention,
+                bias=config.attention_bias,
+                output_bias=config.attention_output_bias,
+                logit_factor=1.0 if config.rope_scaling is None else config.rope_scaling.latent_factor,
+                window=window,
+                group=group,
+            )
         return Attention(
             config.width,
             config.heads,
@@ -115,9 +140,11 @@ class Transformer(nn.Module):
             config.head_size,
             config.qk_norm,
             config.attention_bias,
-            config.sliding_window,
+            window,
             config.norm_eps,
             group,
+            config.attention_output_bias,
+            config.attention_sinks,
         )
 
     @staticmethod
@@ -125,7 +152,7 @@ class Transformer(nn.Module):
         config: ModelConfig,
         layer: int,
         router: Callable[[], Router] | None,
-        experts: Callable[[], Experts] | None,
+        experts: Callable[[], Experts | AdapterExperts] | None,
         dispatcher: Dispatcher | None,
         group: dist.ProcessGroup | None,
     ) -> nn.Module:
@@ -138,7 +165,9 @@ class Transformer(nn.Module):
         if config.shared_expert_width is not None:
             kind = GatedMLP if config.shared_expert_gate else MLP
             shared = kind(config.width, config.shared_expert_width, config.activation, group)
-        return MoELayer(router(), experts(), shared, dispatcher, index=layer)
+        made = experts()
+        made.share(group)
+        return MoELayer(router(), made, shared, dispatcher, index=layer)
 
     def forward(
         self,
@@ -205,7 +234,8 @@ class Transformer(nn.Module):
         assert x is not None  # a part without embedding gets what the part before it returned
         with offloaded() if self.activation_offload and torch.is_grad_enabled() else contextlib.nullcontext():
             for layer, block in zip(self.layers, self.blocks.values()):
-                x = block(x, rotation, visible, context, None if cache is None else cache.layers[layer])
+                own_cache = None if cache is None else cache.layers[layer]
+                x = block(x, rotation, visible[self.config.window_of(layer)], context, own_cache)
         return x if self.norm is None else self.norm(x)
 
     def hidden_shape(self, tokens: Tensor) -> tuple[int, int, int]:
@@ -233,11 +263,15 @@ class Transformer(nn.Module):
             return self.embedding(tokens)
         return vocabulary.embed(tokens, self.embedding.weight, self._tp_group)
 
-    def _visible(self, cu_seqlens: Tensor | None, rows: int, length: int, device: torch.device) -> Visible:
+    def _visible(
+        self, cu_seqlens: Tensor | None, rows: int, length: int, device: torch.device
+    ) -> dict[int | None, Visible]:
+        """What a token may see, by the window of a layer: which keys a cp rank needs depends on it."""
+        windows = {self.config.window_of(layer) for layer in self.layers}
         if self.meshes.cp is None:
-            return Documents.of(cu_seqlens, rows, length, device)
+            return dict.fromkeys(windows, Documents.of(cu_seqlens, rows, length, device))
         group = self.meshes.cp.get_group()
-        return self.context_attention(cu_seqlens, rows, length, group, device, self.config.sliding_window)
+        return {window: self.context_attention(cu_seqlens, rows, length, group, device, window) for window in windows}
 
     @property
     def head_weight(self) -> Tensor:
@@ -266,8 +300,8 @@ class Transformer(nn.Module):
             name: CutParameters(weight=0) for name, table in tables.items() if table is not None
         }
         for name, module in self.blocks.named_modules(prefix="blocks"):
-            if isinstance(module, (Attention, MLP)):
-                styles |= {f"{name}.{child}": style for child, style in module.tensor_styles().items()}
+            if isinstance(module, (SelfAttention, MLP)):
+                styles |= {f"{name}.{child}" if child else name: cut for child, cut in module.tensor_styles().items()}
         return styles
 
     def moe_layers(self) -> list[tuple[int, MoELayer]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...kernels import ConfigError
 from .base import Choice, Router
@@ -11,13 +11,16 @@ from .scores import SCORES
 from .selection import top_experts
 
 _ONE = 2**40  # probability 1 as a whole number
+_TIE = 1 - 2**-20  # probabilities whose ratio is above this are equal: rounding of logits makes them differ so much
 
 
 class ThresholdRouter(Router):
     """Route each token to the fewest experts whose probabilities sum to `threshold` (XMoE, 2403.18926, section 3.2).
 
     Easy tokens take one expert and hard ones several, so compute follows difficulty. The best expert is always taken.
-    Weights are the probabilities. Balance losses count all assignments, which are the load (XMoE counts first choices).
+    Of equal experts a token takes all or none, up to `max_experts`: those that upcycling cuts from one MLP begin equal,
+    and only together they are what they were cut from. Weights are the probabilities. Balance losses count all
+    assignments, which are the load (XMoE counts first choices).
     Nothing is read back by the host: what a token does not take is padding of the routing.
 
     Args:
@@ -94,9 +97,12 @@ class ThresholdRouter(Router):
     def choose(self, scores_TE: Tensor) -> Choice:
         experts_TK = top_experts(scores_TE, self.max_experts)
         # Whole numbers: sums are exact, and deterministic on every device, which those of floats are not on CUDA.
-        ranked_TK = (scores_TE.gather(1, experts_TK).double().nan_to_num(nan=1.0) * _ONE).long()
-        reached_before_TK = ranked_TK.cumsum(-1) - ranked_TK  # mass of all better experts
-        return Choice(experts_TK, wanted=reached_before_TK < self.threshold * _ONE)
+        scores_TK = scores_TE.gather(1, experts_TK)
+        ranked_TK = (scores_TK.double().nan_to_num(nan=1.0) * _ONE).long()
+        mass_before_TK = ranked_TK.cumsum(-1) - ranked_TK
+        ties_TK = nn.functional.pad(scores_TK[:, 1:] >= scores_TK[:, :-1] * _TIE, (1, 0), value=False)
+        reached_TK = mass_before_TK.masked_fill(ties_TK, 0).cummax(-1).values  # mass of all strictly better experts
+        return Choice(experts_TK, wanted=reached_TK < self.threshold * _ONE)
 
     def weigh(self, chosen_TK: Tensor, choice: Choice) -> Tensor:
         if self.renormalise and choice.wanted is not None:

@@ -49,7 +49,7 @@ class AdamW:
         decayed, plain = self._split(model)
         groups = [{"params": decayed, "weight_decay": self.weight_decay}, {"params": plain, "weight_decay": 0.0}]
         return torch.optim.AdamW(
-            [group for group in groups if group["params"]],
+            [group for group in groups if group["params"]] or groups[:1],  # a pipeline stage may be frozen as a whole
             lr=self.lr,
             betas=self.betas,
             eps=self.eps,

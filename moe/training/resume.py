@@ -15,7 +15,8 @@ from typing import Any
 
 from ...kernels import CheckpointError, ConfigError, DataError
 from ...parallel.checkpoint import find_checkpoint, newest_checkpoint, read_meta
-from ..interop.safetensors import is_export, read_export
+from ..interop.open import open_model
+from ..interop.stored import StoredModel
 from .progress import Progress
 from .run_folder import RunFolder
 
@@ -28,14 +29,16 @@ class Start:
     """What to load before the first step.
 
     Attributes:
-        checkpoint: None to begin with fresh weights.
-        meta: of the checkpoint.
+        checkpoint: None to begin with fresh weights; a model of any format where `weights_only`.
+        meta: of the checkpoint; of another model its tokenizer, if that is known.
         weights_only: take the weights and begin a new run with them.
+        with_optimizer: take what the optimizer remembers too.
     """
 
     checkpoint: Path | None = None
     meta: dict[str, Any] = field(default_factory=dict)
     weights_only: bool = False
+    with_optimizer: bool = False
 
     @property
     def resumes(self) -> bool:
@@ -51,7 +54,8 @@ class Start:
 
 
 def choose_start(config: Mapping[str, Any], folder: RunFolder) -> Start:
-    """Follow `resume` (auto, never, or a path, which is taken whatever the run folder holds) and `init_from`.
+    """Follow `resume` (auto, never, or a path, which is taken whatever the run folder holds), `init_from` and
+    `init_optimizer`.
 
     Raises: ConfigError if they contradict the run folder, or a field that defines the resumed run has changed;
         CheckpointError if there is no whole checkpoint where one is asked for, or it holds another model.
@@ -70,7 +74,9 @@ def choose_start(config: Mapping[str, Any], folder: RunFolder) -> Start:
     if own is not None:
         return _resumed(own, config)
     if init_from:
-        return Start(*weights_of(init_from, "init_from"), weights_only=True)
+        return _begun(init_from, bool(config.get("init_optimizer")))
+    if config.get("init_optimizer"):
+        raise ConfigError("init_optimizer=true without init_from, allowed: false, or init_from=DIR")
     return Start()
 
 
@@ -82,13 +88,12 @@ def checkpoint_of(source: str | Path, option: str) -> Path:
         raise CheckpointError(f"{option}={source}: {error}") from None
 
 
-def weights_of(source: str | Path, option: str) -> tuple[Path, dict[str, Any]]:
-    """The folder of trained weights that an option names and what stands beside them: a checkpoint, or an export."""
-    folder = Path(source).expanduser()
-    if is_export(folder):
-        return folder, read_export(folder)
-    checkpoint = checkpoint_of(source, option)
-    return checkpoint, read_meta(checkpoint)
+def open_source(source: str | Path, option: str, checked: bool = True) -> StoredModel:
+    """The model of any format that an option names. Raises: CheckpointError that names the option too."""
+    try:
+        return open_model(source, checked)
+    except CheckpointError as error:
+        raise CheckpointError(f"{option}={source}: {error}") from None
 
 
 def refuse_changes(before: Mapping[str, Any], now: Mapping[str, Any], checkpoint: Path) -> None:
@@ -105,7 +110,7 @@ def refuse_changes(before: Mapping[str, Any], now: Mapping[str, Any], checkpoint
 
 def check_same_data(start: Start, tokenizer: Mapping[str, Any], data: Mapping[str, Any]) -> None:
     """Raise DataError if the tokenizer, or for a resumed run the corpus, is not what the checkpoint was trained on."""
-    if start.checkpoint is None:
+    if "tokenizer" not in start.meta:  # fresh weights, or those of a model that came without
         return
     trained_with, trained_on = _content(start.meta["tokenizer"]), _content(start.meta.get("data", {}))
     if trained_with != _content(tokenizer):
@@ -141,6 +146,18 @@ def _resumed(checkpoint: Path, config: Mapping[str, Any]) -> Start:
     meta = read_meta(checkpoint)
     refuse_changes(meta["config"], config, checkpoint)
     return Start(checkpoint, meta)
+
+
+def _begun(source: str, with_optimizer: bool) -> Start:
+    """A new run with the weights of another model."""
+    stored = open_source(source, "init_from", checked=False)  # the ranks check it together, where they read it
+    if with_optimizer and not stored.optimizer:
+        raise CheckpointError(
+            f"init_optimizer=true, but {stored.source} holds no state of an optimizer, allowed: false, a run, or a "
+            "folder with optimizer.safetensors"
+        )
+    meta = {} if stored.tokenizer is None else {"tokenizer": stored.tokenizer.spec()}
+    return Start(stored.source, meta, weights_only=True, with_optimizer=with_optimizer)
 
 
 def _is_fixed(name: str) -> bool:

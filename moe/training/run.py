@@ -33,7 +33,7 @@ from .environment import describe_environment
 from .loop import Loop
 from .optimizers import AdamW
 from .progress import Progress
-from .resume import Start, check_same_data, choose_start
+from .resume import Start, check_same_data, choose_start, open_source
 from .router_statistics import RouterStatistics
 from .run_folder import RunFolder
 from .schedules import Schedule
@@ -134,7 +134,8 @@ def train(config: Mapping[str, Any], run_dir: Path, tell: Callable[[str], None] 
 
     Args:
         config: the resolved tree of groups (model, router, experts, dispatcher, data, optimizer, schedule, trainer,
-            logger, layout, engine) and `seed`, `resume`, `init_from`.
+            logger, layout, engine) and `seed`, `resume`, `init_from`,
+            `init_optimizer`.
         run_dir: the same on all ranks; a run that is there already goes on, as `resume` says.
         tell: gets one line before the process ends because a rank hangs.
 
@@ -234,10 +235,15 @@ def prepare_engine(plan: RunPlan, process: Process, meshes: Meshes) -> Engine:
 
 
 def load_start(engine: Engine, start: Start) -> None:
-    """Read the checkpoint that the run starts from, if there is one."""
-    if start.checkpoint is not None:
-        load: Callable[[Path], None] = engine.load_weights if start.weights_only else engine.load
-        load(start.checkpoint)
+    """Read the checkpoint, or the model of any format, that the run starts from, if there is one."""
+    if start.checkpoint is None:
+        return
+    if not start.weights_only:
+        return engine.load(start.checkpoint)
+    stored = open_source(start.checkpoint, "init_from")
+    engine.load_weights(stored.tensors, stored.source)
+    if start.with_optimizer:
+        engine.load_optimizer(stored.optimizer, stored.source)
 
 
 @contextlib.contextmanager

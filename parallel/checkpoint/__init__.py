@@ -1,15 +1,16 @@
 """Checkpoints: written whole or not at all, read by any layout."""
 
 from .checkpointer import Checkpointer
-from .consolidated import WEIGHTS, WEIGHTS_INDEX
+from .distributed import open_checkpoint
+from .fill import fill
+from .lazy import LazyTensor
 from .read import (
-    WholeTensors,
     check_fits,
+    check_sums,
     check_whole,
     checkpoints,
     find_checkpoint,
     load,
-    load_weights,
     newest_checkpoint,
     read_meta,
     read_shapes,
@@ -17,18 +18,18 @@ from .read import (
 from .state import model_state, optimizer_state
 
 __all__ = [
-    "WEIGHTS",
-    "WEIGHTS_INDEX",
     "Checkpointer",
-    "WholeTensors",
+    "LazyTensor",
     "check_fits",
+    "check_sums",
     "check_whole",
     "checkpoints",
+    "fill",
     "find_checkpoint",
     "load",
-    "load_weights",
     "model_state",
     "newest_checkpoint",
+    "open_checkpoint",
     "optimizer_state",
     "read_meta",
     "read_shapes",

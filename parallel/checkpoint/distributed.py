@@ -14,8 +14,9 @@ from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from ...kernels.errors import CheckpointError
-from .lazy import Index, LazyTensor
+from .chunks import find_rows
 from .index import SafeReader, read_index
+from .lazy import Index, LazyTensor
 from .read import check_sums, check_whole, first_failure
 
 
@@ -56,14 +57,28 @@ def _lazy(path: Path, index: Metadata, reader: FileSystemReader, name: str, entr
         wanted = ChunkStorageMetadata(offsets=offsets, sizes=part.shape)
         items = create_read_items_for_chunk_list(name, entry, [wanted])
         try:
-            reader.set_up_storage_reader(index, is_coordinator=True)
-            reader.read_data(LoadPlan(items), _Into(part)).wait()
+            rest = [item for item in items if not _read_rows(path, index, item, part)]
+            if rest:
+                reader.set_up_storage_reader(index, is_coordinator=True)
+                reader.read_data(LoadPlan(rest), _Into(part)).wait()
         except (CheckpointException, OSError, RuntimeError, KeyError) as error:
             text = first_failure(error) if isinstance(error, CheckpointException) else str(error).splitlines()[0]
             raise CheckpointError(f"{path}: {name} cannot be read: {text}") from None
         return part
 
     return LazyTensor(entry.size, entry.properties.dtype, fetch)
+
+
+def _read_rows(path: Path, index: Metadata, item: ReadItem, part: Tensor) -> bool:
+    """Read one piece of `part` without the rows that it does not need; False if it does not lie there like that."""
+    place = index.storage_data[item.storage_index]
+    file = path / place.relative_path
+    found = find_rows(file, place.offset, place.length)
+    if found is None or found.dtype != part.dtype:
+        return False
+    cuts = [slice(start, start + length) for start, length in zip(item.storage_offsets, item.lengths)]
+    _place(part, item).copy_(found.read(file, cuts[0])[:, *cuts[1:]])
+    return True
 
 
 class _Into(DefaultLoadPlanner):
@@ -74,10 +89,13 @@ class _Into(DefaultLoadPlanner):
         self._part = part
 
     def resolve_tensor(self, read_item: ReadItem) -> Tensor:
-        view = self._part
-        for dim, (start, length) in enumerate(zip(read_item.dest_offsets, read_item.lengths)):
-            view = view.narrow(dim, start, length)
-        return view
+        return _place(self._part, read_item)
 
     def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
         pass  # the reader has copied into the view
+
+
+def _place(part: Tensor, item: ReadItem) -> Tensor:
+    for dim, (start, length) in enumerate(zip(item.dest_offsets, item.lengths)):
+        part = part.narrow(dim, start, length)
+    return part

@@ -16,16 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 
 from ...kernels.errors import CheckpointError
-from ..process import together
-from .consolidated import consolidated_shapes, is_consolidated, read_consolidated
+from ..process import place, together
 from .index import INDEX, SafeReader, read_index
-from .state import model_state
 
 META = "meta.json"
 FORMAT = 1
@@ -113,9 +110,7 @@ def find_checkpoint(source: Path) -> Path:
 
 
 def read_shapes(path: Path) -> dict[str, torch.Size]:
-    """Names and shapes of all tensors of a checkpoint, or of consolidated weights."""
-    if is_consolidated(path):
-        return consolidated_shapes(Path(path))
+    """Names and shapes of all tensors of a checkpoint."""
     return {name: entry.size for name, entry in read_index(path).state_dict_metadata.items()}  # type: ignore[union-attr]
 
 
@@ -129,12 +124,25 @@ def check_fits(path: Path, state: Mapping[str, Tensor], elsewhere: Collection[st
 
     Raises: CheckpointError that names the first tensor that differs, with both shapes, and counts the others.
     """
-    saved = read_shapes(path)
     kinds = {name.split(".", 1)[0] for name in state}
+    saved = {name: shape for name, shape in read_shapes(path).items() if name.split(".", 1)[0] in kinds}
+    check_shapes(path, saved, state, elsewhere)
+
+
+def check_shapes(
+    source: Path, saved: Mapping[str, torch.Size], state: Mapping[str, Tensor], elsewhere: Collection[str] = ()
+) -> None:
+    """Check that `saved`, which lies in `source`, are exactly the tensors of `state`, in its shapes.
+
+    Args:
+        elsewhere: names of tensors that other ranks check and read: those of other pipeline stages.
+
+    Raises: CheckpointError that names the first tensor that differs, with both shapes, and counts the others.
+    """
     differing = [name for name in state if name in saved and saved[name] != state[name].shape]
     missing = [name for name in state if name not in saved]
     known = {*state, *elsewhere}
-    unexpected = [name for name in saved if name not in known and name.split(".", 1)[0] in kinds]
+    unexpected = [name for name in saved if name not in known]
     parts = []
     if differing:
         first = differing[0]
@@ -144,75 +152,32 @@ def check_fits(path: Path, state: Mapping[str, Tensor], elsewhere: Collection[st
         if names:
             parts.append(f"{len(names)} {what}, first {names[0]}")
     if parts:
-        raise CheckpointError(f"{path} is of another model: {'; '.join(parts)}")
+        raise CheckpointError(f"{source} is of another model: {'; '.join(parts)}")
 
 
-def load(path: Path, state: dict[str, Tensor], alone: bool = False, elsewhere: Collection[str] = ()) -> None:
+def load(path: Path, state: dict[str, Tensor], elsewhere: Collection[str] = ()) -> None:
     """Read tensors in place, each rank its own shards, after checking that the files are intact and fit.
 
     Args:
-        path: a checkpoint, or a folder of consolidated weights, which knows no checksums.
         state: live tensors by name, as `model_state` gives them.
-        alone: this rank reads by itself and the others do not take part.
         elsewhere: names of tensors that other ranks read.
 
     Raises: CheckpointError, on every rank, with nothing changed.
     """
     path = Path(path)
-    consolidated = is_consolidated(path)
-    grouped = not alone and dist.is_available() and dist.is_initialized()
-    rank, world = (dist.get_rank(), dist.get_world_size()) if grouped else (0, 1)
 
     def check() -> None:
-        if not consolidated:
-            check_sums(path, check_whole(path)["files"], rank, world)
+        check_sums(path, check_whole(path)["files"], *place())
         check_fits(path, state, elsewhere)
 
     def read() -> None:
         try:
-            if consolidated:
-                read_consolidated(path, state)
-            else:
-                dcp_load(dict(state), storage_reader=SafeReader(path), no_dist=True)
+            dcp_load(dict(state), storage_reader=SafeReader(path), no_dist=True)
         except CheckpointException as error:
             raise CheckpointError(f"{path} cannot be read: {first_failure(error)}") from None
 
-    for action in (check, read):
-        together(action) if grouped else action()
-
-
-class WholeTensors:
-    """The tensors of a checkpoint one at a time, whole, on this process alone and whatever layout wrote them.
-
-    Raises: CheckpointError if a file is missing or damaged.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._path = Path(path)
-        check_sums(self._path, check_whole(self._path)["files"], 0, 1)
-        self._index = read_index(self._path)
-        self._reader = SafeReader(self._path)
-
-    def empty(self, name: str, device: str = "cpu") -> Tensor:
-        """Memory in the shape and dtype of a tensor; on the device `meta`, none."""
-        entry = self._index.state_dict_metadata[name]
-        return torch.empty(entry.size, dtype=entry.properties.dtype, device=device)  # type: ignore[union-attr]
-
-    def __getitem__(self, name: str) -> Tensor:
-        tensor = self.empty(name)
-        try:
-            dcp_load({name: tensor}, storage_reader=self._reader, no_dist=True)
-        except CheckpointException as error:
-            raise CheckpointError(f"{self._path} cannot be read: {first_failure(error)}") from None
-        return tensor
-
-
-def load_weights(path: Path, module: nn.Module) -> None:
-    """Read a model on this process alone, whatever layout wrote it and without a process group.
-
-    Raises: CheckpointError, with nothing changed.
-    """
-    load(path, model_state(module), alone=True)
+    together(check)
+    together(read)
 
 
 def checksum(file: Path) -> int:

@@ -16,35 +16,44 @@ WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
 
 
-def has_safetensors(folder: Path) -> bool:
+def index_of(weights: str) -> str:
+    """Name of the index of files that together hold what one file of this name would."""
+    return f"{weights}.index.json"
+
+
+def has_safetensors(folder: Path, weights: str = WEIGHTS) -> bool:
     """Whether a folder holds such weights."""
-    return any((Path(folder) / name).is_file() for name in (WEIGHTS, WEIGHTS_INDEX))
+    return any((Path(folder) / name).is_file() for name in (weights, index_of(weights)))
 
 
-def open_safetensors(folder: Path) -> dict[str, LazyTensor]:
+def open_safetensors(folder: Path, weights: str = WEIGHTS) -> dict[str, LazyTensor]:
     """All tensors of a folder by the names in the files; only the head of each file is read.
+
+    Args:
+        weights: name of the file where there is only one; an index beside it is named after it.
 
     Raises: CheckpointError if a file is missing, truncated or damaged, or does not hold what the index says.
     """
     from safetensors import SafetensorError, safe_open
 
     folder = Path(folder)
-    weight_map = _read_weight_map(folder)
+    index = folder / index_of(weights)
+    weight_map = _read_weight_map(index)
     tensors: dict[str, LazyTensor] = {}
-    for name in [WEIGHTS] if weight_map is None else sorted(set(weight_map.values())):
+    for name in [weights] if weight_map is None else sorted(set(weight_map.values())):
         file = folder / name
         try:
             with safe_open(file, framework="pt") as opened:
                 keys = list(opened.keys())
                 held = {key: _lazy(file, key, opened.get_slice(key)) for key in keys}
         except FileNotFoundError:
-            reason = f"but {folder / WEIGHTS_INDEX} names it" if weight_map else f"allowed: {WEIGHTS} or {WEIGHTS_INDEX}"
+            reason = f"but {index} names it" if weight_map else f"allowed: {weights} or {index.name}"
             raise CheckpointError(f"{file} is missing, {reason}") from None
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{file} is damaged: {error}") from None
         lacking = [key for key, where in (weight_map or {}).items() if where == name and key not in held]
         if lacking:
-            raise CheckpointError(f"{file} does not hold {lacking[0]}, but {folder / WEIGHTS_INDEX} says so")
+            raise CheckpointError(f"{file} does not hold {lacking[0]}, but {index} says so")
         tensors.update(held)
     return tensors
 
@@ -88,9 +97,8 @@ def _reader(file: Path, key: str) -> Callable[[Index], Tensor]:
     return fetch
 
 
-def _read_weight_map(folder: Path) -> dict[str, str] | None:
+def _read_weight_map(file: Path) -> dict[str, str] | None:
     """Which file holds which tensor; None if there is one file without an index."""
-    file = folder / WEIGHTS_INDEX
     if not file.is_file():
         return None
     try:

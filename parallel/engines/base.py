@@ -9,6 +9,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from ..checkpoint.lazy import LazyTensor
+
 
 class Engine(Protocol):
     """A model and its optimizer, spread over the ranks of a layout.
@@ -73,6 +75,20 @@ class Engine(Protocol):
         """Read model and optimizer from a checkpoint of any layout. Raises: CheckpointError, with nothing changed."""
         ...
 
-    def load_weights(self, path: Path) -> None:
-        """Read the model only, to learn on from it. Raises: CheckpointError, with nothing changed."""
+    def load_weights(self, tensors: Mapping[str, LazyTensor], source: Path) -> None:
+        """Read the model from tensors of any format, to learn on from it.
+
+        Args:
+            tensors: by the names of parameters and buffers in the whole model.
+            source: where they lie, for messages.
+
+        Raises: CheckpointError if they are not those of the model, with nothing changed.
+        """
+        ...
+
+    def load_optimizer(self, tensors: Mapping[str, LazyTensor], source: Path) -> None:
+        """Read what the optimizer remembers, as `<parameter>.<what>`, step counts included.
+
+        Raises: CheckpointError if it is not what this optimizer remembers of this model, with nothing changed.
+        """
         ...

@@ -35,7 +35,7 @@ class TorchEngine:
         engine = TorchEngine().prepare(
             model, AdamW(lr=1e-3), process=process, meshes=meshes, plan=model.sharding_plan(), precision="bf16", seed=0,
         )
-        engine.load(newest)     # or engine.load_weights(init_from)
+        engine.load(newest)     # or engine.load_weights(stored.tensors, stored.source)
 
     Args:
         reshard_after_forward: free the gathered parameters of a unit after its forward pass and gather them again for
@@ -217,6 +217,8 @@ def _separate_by_mesh(optimizer: torch.optim.Optimizer) -> None:
         for parameter in group["params"]:
             mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
             by_mesh.setdefault(mesh, []).append(parameter)
+        if not by_mesh:
+            continue
         first, *others = by_mesh.values()
         group["params"] = first
         for parameters in others:

@@ -13,8 +13,17 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
+from ..checkpoint.fill import fill
+from ..checkpoint.lazy import LazyTensor
 from ..checkpoint.read import check_fits, check_whole, load, read_shapes
-from ..checkpoint.state import OPTIMIZER, create_optimizer_state, model_state, optimizer_state, restore_numbers
+from ..checkpoint.state import (
+    MODEL,
+    OPTIMIZER,
+    create_optimizer_state,
+    model_state,
+    optimizer_state,
+    restore_numbers,
+)
 from ..meshes import Meshes
 from ..process import together
 from .gradients import GradientSums, clip_gradients, gradient_norms
@@ -95,22 +104,35 @@ class TorchTraining:
         if not together(look):  # written before the first step, so there is nothing to remember
             self.optimizer.state.clear()
             return load(path, own, elsewhere=elsewhere)
+        with self._optimizer_state() as remembered:
+            state = {**own, **remembered}
+            load(path, state, elsewhere=self._names_elsewhere(state))
+        restore_numbers(self.optimizer, state, *self.parts)
+
+    def load_weights(self, tensors: Mapping[str, LazyTensor], source: Path) -> None:
+        self._reshard()
+        own = {name.removeprefix(MODEL): tensor for name, tensor in model_state(*self.parts).items()}
+        fill(own, tensors, source, self._names_elsewhere(own))
+
+    def load_optimizer(self, tensors: Mapping[str, LazyTensor], source: Path) -> None:
+        self._reshard()
+        with self._optimizer_state() as state:
+            own = {name.removeprefix(OPTIMIZER): tensor for name, tensor in state.items()}
+            fill(own, tensors, source, self._names_elsewhere(own))
+        restore_numbers(self.optimizer, state, *self.parts)
+
+    @contextlib.contextmanager
+    def _optimizer_state(self) -> Iterator[dict[str, Tensor]]:
+        """What the optimizer remembers, to be read in place; what was made for it is given up if that fails."""
         created = not self.optimizer.state
         if created:
             create_optimizer_state(self.optimizer)
         try:
-            state = self.state_dict()
-            load(path, state, elsewhere=self._names_elsewhere(state))
+            yield optimizer_state(self.optimizer, *self.parts)
         except Exception:
             if created:
                 self.optimizer.state.clear()
             raise
-        restore_numbers(self.optimizer, state, *self.parts)
-
-    def load_weights(self, path: Path) -> None:
-        self._reshard()
-        own = model_state(*self.parts)
-        load(path, own, elsewhere=self._names_elsewhere(own))
 
     def _names_elsewhere(self, state: Mapping[str, Tensor]) -> frozenset[str]:
         """Names of the tensors of the other pipeline stages. Every rank must call it."""

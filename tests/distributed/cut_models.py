@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from scatterfold import Experts, ModelConfig, TopKRouter, Transformer
+from scatterfold.moe.blocks import LatentAttention
 from scatterfold.moe.context import StepContext
 from scatterfold.parallel import Layout
 from scatterfold.parallel.meshes import ALONE
@@ -48,6 +49,23 @@ CASES = {
         **{"layers": 1, **MOE, "documents": DOCUMENTS},
         "router": {"balance_sequence": 0.5, "balance_micro_batch": 0.5, "capacity_factor": 1.0},
     },
+}
+LATENT = {"kv_rank": 10, "nope_width": 6, "rope_width": 4, "value_width": 5}
+CASES |= {
+    "latent attention over documents, biases": {
+        **{"layers": 2, "ffn_width": 8, "kv_heads": None, "head_width": None, "documents": DOCUMENTS},
+        **{"attention_bias": True, "attention_output_bias": True},
+        "latent_attention": LatentAttention(**LATENT, q_rank=12),
+    },
+    "latent attention in a window": {
+        **{"layers": 1, "ffn_width": 8, "kv_heads": None, "head_width": None, "sliding_window": 5},
+        "latent_attention": LatentAttention(**LATENT, interleaved=False),
+    },
+    "sinks, windows of some layers, biases, half of a head turns": {
+        **{"layers": 2, "ffn_width": 8, "attention_sinks": True, "attention_bias": True, "rotary_width": 2},
+        **{"attention_output_bias": True, "sliding_window": 5, "window_layers": (1,), "documents": DOCUMENTS},
+    },
+    "clamped gates": {**{"layers": 1, **MOE}, "activation": "clamped_swiglu"},
 }
 RECOMPUTED = {
     "experts, full": {**CASES["experts"], "checkpointing": "full"},

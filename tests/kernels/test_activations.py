@@ -13,13 +13,19 @@ SCALAR = {
     "gelu": lambda z: 0.5 * z * (1 + math.erf(z / math.sqrt(2))),
     "relu": lambda z: max(z, 0.0),
     "relu2": lambda z: max(z, 0.0) ** 2,
+    "clamped": lambda z: min(z, 7.0) / (1 + math.exp(-1.702 * min(z, 7.0))),
 }
-BASE = {"swiglu": "silu", "geglu": "gelu", "reglu": "relu"}
+BASE = {"swiglu": "silu", "geglu": "gelu", "reglu": "relu", "clamped_swiglu": "clamped"}
 
 
 def pre_activation(name, rows=7, width=5, dtype=torch.float64):
     torch.manual_seed(0)
-    return torch.randn(rows, 2 * width if is_gated(name) else width, dtype=dtype)
+    h = torch.randn(rows, 2 * width if is_gated(name) else width, dtype=dtype)
+    return 6 * h if name == "clamped_swiglu" else h  # some beyond its limits
+
+
+def factor(name, up):
+    return min(max(up, -7.0), 7.0) + 1 if name == "clamped_swiglu" else up
 
 
 @pytest.mark.parametrize("name", ACTIVATIONS)
@@ -28,7 +34,7 @@ def test_values(name):
     act = SCALAR[BASE.get(name, name)]
     width = 5
     for row, result in zip(h.tolist(), activate(name, h).tolist()):
-        expected = [act(row[f]) * (row[width + f] if is_gated(name) else 1.0) for f in range(width)]
+        expected = [act(row[f]) * (factor(name, row[width + f]) if is_gated(name) else 1.0) for f in range(width)]
         assert result == pytest.approx(expected, rel=1e-12)
 
 
@@ -51,6 +57,11 @@ def test_buffered_forward_and_backward_equal_autograd(name, dtype):
     tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}[dtype]
     torch.testing.assert_close(out, expected, rtol=tolerance, atol=tolerance)
     torch.testing.assert_close(grad_h, expected_grad, rtol=tolerance, atol=tolerance)
+
+
+def test_the_clamp_is_reached_on_every_side():
+    gate, up = pre_activation("clamped_swiglu").chunk(2, dim=-1)
+    assert (gate > 7).any() and (gate < -7).any() and (up > 7).any() and (up < -7).any() and (up.abs() < 7).any()
 
 
 def test_unknown_name():

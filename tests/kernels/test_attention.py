@@ -10,10 +10,10 @@ from scatterfold.kernels import attention as attention_module
 from scatterfold.kernels.attention import Documents, attention
 
 
-def loops(q, k, v, boundaries, window=None):
-    """(T, H, W), (T, G, W): every query looks at every key of its document before it, one at a time."""
+def loops(q, k, v, boundaries, window=None, sinks=None):
+    """(T, H, W), (T, G, W), (T, G, V): every query looks at every key of its document before it, one at a time."""
     q, k, v = q.double(), k.double(), v.double()
-    out = torch.zeros_like(q)
+    out = q.new_zeros(*q.shape[:2], v.shape[2])
     group = q.shape[1] // k.shape[1]
     for start, end in zip(boundaries, boundaries[1:]):
         for head in range(q.shape[1]):
@@ -22,15 +22,20 @@ def loops(q, k, v, boundaries, window=None):
                 scores = torch.stack(
                     [q[query, head] @ k[key, head // group] / math.sqrt(q.shape[2]) for key in range(first, query + 1)]
                 )
-                out[query, head] = scores.softmax(0) @ v[first : query + 1, head // group]
+                weights = scores.exp() / (scores.exp().sum() + (0 if sinks is None else sinks[head].double().exp()))
+                out[query, head] = weights @ v[first : query + 1, head // group]
     return out
 
 
-def inputs(rows, length, heads=4, kv_heads=2, width=8, dtype=torch.float32):
+def inputs(rows, length, heads=4, kv_heads=2, width=8, dtype=torch.float32, value_width=None):
     torch.manual_seed(0)
     q = torch.randn(rows, length, heads, width, dtype=dtype)
     k, v = torch.randn(2, rows, length, kv_heads, width, dtype=dtype).unbind(0)
-    return [x.requires_grad_() for x in (q, k, v)]
+    return [x.requires_grad_() for x in (q, k, v[..., :value_width].detach())]
+
+
+def sinks_of(heads=4):
+    return torch.linspace(-1.0, 3.0, heads).requires_grad_()
 
 
 def flat(x):
@@ -61,6 +66,32 @@ def test_packed_documents_equal_plain_loops(name, window):
         torch.testing.assert_close(grad, wanted, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("value_width", [8, 5])
+@pytest.mark.parametrize("window", [None, 1, 4])
+@pytest.mark.parametrize(
+    "name", ["one document a row", "an empty one", "many short ones, so that equal lengths are gathered"]
+)
+def test_sinks_and_narrow_values_equal_plain_loops(name, window, value_width):
+    boundaries, sinks = CASES[name], sinks_of()
+    q, k, v = inputs(2, 12, value_width=value_width)
+    out = attention(q, k, v, torch.tensor(boundaries, dtype=torch.int32), window, sinks)
+    reference = loops(flat(q), flat(k), flat(v), boundaries, window, sinks)
+    torch.testing.assert_close(flat(out).double(), reference, rtol=1e-5, atol=1e-5)
+    weight = torch.randn_like(out)
+    grads = torch.autograd.grad((out * weight).sum(), (q, k, v, sinks))
+    expected = torch.autograd.grad((reference * flat(weight)).sum(), (q, k, v, sinks))
+    for grad, wanted in zip(grads, expected):
+        torch.testing.assert_close(grad, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_sinks_in_half_precision():
+    q, k, v = inputs(2, 12, dtype=torch.bfloat16)
+    out = attention(q, k, v, None, 5, sinks_of())
+    assert out.dtype == torch.bfloat16
+    reference = loops(flat(q), flat(k), flat(v), [0, 12, 24], 5, sinks_of())
+    torch.testing.assert_close(flat(out).double(), reference, rtol=0.03, atol=0.03)
+
+
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2), (4, 1)])
 def test_grouped_queries_share_their_keys(heads, kv_heads):
     q, k, v = inputs(2, 7, heads, kv_heads)
@@ -84,9 +115,10 @@ def test_a_permutation_is_made_only_where_it_saves_calls():
 @pytest.mark.parametrize("window", [None, 3])
 @pytest.mark.parametrize("new", [1, 4])
 def test_new_tokens_after_a_past_see_what_they_saw_in_one_pass(new, window):
-    q, k, v = inputs(2, 10)
-    whole = attention(q, k, v, window=window)
-    torch.testing.assert_close(attention(q[:, -new:], k, v, window=window), whole[:, -new:])
+    q, k, v = inputs(2, 10, value_width=5)
+    for sinks in (None, sinks_of()):
+        whole = attention(q, k, v, window=window, sinks=sinks)
+        torch.testing.assert_close(attention(q[:, -new:], k, v, window=window, sinks=sinks), whole[:, -new:])
 
 
 def test_boundaries_that_do_not_fit_are_refused():
@@ -102,9 +134,11 @@ def test_the_flex_path_gives_the_same(monkeypatch, window):
     boundaries = torch.tensor([0, 5, 12, 24], dtype=torch.int32)
     q, k, v = (x.detach() for x in inputs(2, 12))
     documents = Documents.of(boundaries, 2, 12, q.device)
-    out = attention_module._flex(flat(q), flat(k), flat(v), documents, window)
+    out = attention_module._flex(flat(q), flat(k), flat(v), documents.block_mask(window))
     torch.testing.assert_close(out, flat(attention(q, k, v, boundaries, window)), rtol=1e-5, atol=1e-5)
     assert documents.block_mask(window) is documents.block_mask(window)
+    out = attention_module._flex(flat(q), flat(k), flat(v), documents.block_mask(window), sinks_of())
+    torch.testing.assert_close(out, flat(attention(q, k, v, boundaries, window, sinks_of())), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("keywords", [("window_size", "enable_gqa"), ("window_size",), ("is_causal",)])

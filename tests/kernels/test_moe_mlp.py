@@ -27,6 +27,12 @@ def scalar_activation(name, z):
     if name == "gelu":
         phi = 0.5 * (1 + math.erf(z / math.sqrt(2)))
         return z * phi, phi + z * math.exp(-z * z / 2) / math.sqrt(2 * math.pi)
+    if name == "clamped":  # the gate of clamped_swiglu
+        g, slope = (z, 1.0) if z < 7 else (7.0, 0.0)
+        s = 1 / (1 + math.exp(-1.702 * g))
+        return g * s, slope * (s + g * 1.702 * s * (1 - s))
+    if name == "clamped up":
+        return min(max(z, -7.0), 7.0) + 1, float(abs(z) < 7)
     r = max(z, 0.0)
     return (r, float(z > 0)) if name == "relu" else (r * r, 2 * r)
 
@@ -60,7 +66,7 @@ class Problem:
 
         self.activation, self.dtype, self.experts = activation, dtype, experts
         self.values = {
-            "x": randn(tokens, width),
+            "x": randn(tokens, width, scale=6.0 if activation == "clamped_swiglu" else 1.0),  # beyond its limits
             "w_in": randn(experts, hidden, width, scale=width**-0.5),
             "w_out": randn(experts, width, expert_width, scale=expert_width**-0.5),
             "b_in": randn(experts, hidden) if bias else None,
@@ -98,14 +104,17 @@ class Problem:
         """The same in float64, pair by pair."""
         leaves = self.leaves(torch.float64)
         x, w_in, w_out, b_in, b_out, weight = leaves.values()
-        base = {"swiglu": "silu", "geglu": "gelu", "reglu": "relu"}.get(self.activation, self.activation)
+        base = {"swiglu": "silu", "geglu": "gelu", "reglu": "relu", "clamped_swiglu": "clamped"}.get(
+            self.activation, self.activation
+        )
         rows = [0.0 * row for row in x]
         for index, (token, expert) in enumerate(zip(self.token.tolist(), self.expert.tolist())):
             z = w_in[expert] @ x[token]
             z = z if b_in is None else z + b_in[expert]
             width = w_out.shape[2]
             if is_gated(self.activation):
-                a = Activation.apply(z[:width], base) * z[width:]
+                up = Activation.apply(z[width:], "clamped up") if base == "clamped" else z[width:]
+                a = Activation.apply(z[:width], base) * up
             else:
                 a = Activation.apply(z, base)
             y = w_out[expert] @ a

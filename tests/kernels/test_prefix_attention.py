@@ -7,7 +7,6 @@ import torch
 from torch.nn.attention.flex_attention import flex_attention
 
 from scatterfold.kernels import attention as attention_module
-from scatterfold.kernels import prefix_attention as prefix_module
 from scatterfold.kernels.prefix_attention import Prefixes, prefix_attention
 
 CPU = torch.device("cpu")
@@ -18,10 +17,10 @@ PIECES = {
 }
 
 
-def loops(q, k, v, queries, keys, window=None):
+def loops(q, k, v, queries, keys, window=None, sinks=None):
     """Every query looks at every key of its piece up to its own, one at a time."""
     q, k, v = q.double(), k.double(), v.double()
-    out, group = torch.zeros_like(q), q.shape[1] // k.shape[1]
+    out, group = q.new_zeros(*q.shape[:2], v.shape[2]), q.shape[1] // k.shape[1]
     first_query = first_key = 0
     for num_queries, num_keys in zip(queries, keys):
         for query in range(num_queries):
@@ -30,7 +29,8 @@ def loops(q, k, v, queries, keys, window=None):
             seen = range(first_key + first, first_key + own + 1)
             for head in range(q.shape[1]):
                 scores = torch.stack([q[first_query + query, head] @ k[key, head // group] for key in seen])
-                weights = (scores / math.sqrt(q.shape[2])).softmax(0)
+                scores = (scores / math.sqrt(q.shape[2])).exp()
+                weights = scores / (scores.sum() + (0 if sinks is None else sinks[head].double().exp()))
                 out[first_query + query, head] = weights @ v[seen.start : seen.stop, head // group]
         first_query, first_key = first_query + num_queries, first_key + num_keys
     return out
@@ -62,6 +62,21 @@ def test_pieces_equal_plain_loops(name, window):
         torch.testing.assert_close(grad, wanted, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("name", PIECES)
+def test_sinks_and_narrow_values_equal_plain_loops(name, window):
+    pieces, sinks = PIECES[name], torch.linspace(-1.0, 3.0, 4).requires_grad_()
+    q, k, v = inputs(*pieces)
+    v = v[..., :5].detach().requires_grad_()
+    out = prefix_attention(q, k, v, prefixes_of(*pieces), window, sinks)
+    reference = loops(q, k, v, *pieces, window, sinks)
+    torch.testing.assert_close(out.double(), reference, rtol=1e-5, atol=1e-5)
+    grads = torch.autograd.grad(out.square().sum(), (q, k, v, sinks))
+    expected = torch.autograd.grad(reference.square().sum(), (q, k, v, sinks))
+    for grad, wanted in zip(grads, expected):
+        torch.testing.assert_close(grad, wanted, rtol=1e-4, atol=1e-5)
+
+
 def test_equal_pieces_are_one_call():
     assert prefixes_of(*PIECES["prefixes"]).runs() == [(2, 3, 7), (1, 2, 2), (1, 5, 6)]
 
@@ -80,11 +95,14 @@ def test_the_flex_path_gives_the_same(monkeypatch, name, window):
         q, k, v = (x.as_subclass(torch.Tensor) for x in (q, k, v))
         return flex_attention(q, k, v, **options)
 
-    monkeypatch.setattr(prefix_module, "_compiled_flex", lambda: flex)
+    monkeypatch.setattr(attention_module, "_compiled_flex", lambda: flex)
     pieces, (q, k, v) = PIECES[name], (x.detach() for x in inputs(*PIECES[name]))
     prefixes = prefixes_of(*pieces)
     out = prefix_attention(q.as_subclass(OnGPU), k, v, prefixes, window)
     torch.testing.assert_close(out.double(), loops(q, k, v, *pieces, window), rtol=1e-5, atol=1e-5)
+    sinks = torch.linspace(-1.0, 3.0, 4)
+    out = prefix_attention(q.as_subclass(OnGPU), k, v, prefixes, window, sinks)
+    torch.testing.assert_close(out.double(), loops(q, k, v, *pieces, window, sinks), rtol=1e-5, atol=1e-5)
     assert prefixes.block_mask(window) is prefixes.block_mask(window)
 
 

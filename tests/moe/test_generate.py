@@ -3,7 +3,7 @@ import torch
 
 from scatterfold import ConfigError, Experts, ModelConfig, TopKRouter, Transformer
 from scatterfold.moe import generate
-from scatterfold.moe.blocks import KeyValueCache
+from scatterfold.moe.blocks import KeyValueCache, LatentAttention
 from scatterfold.moe.generate import _choose
 
 
@@ -33,15 +33,30 @@ def recomputed(model, tokens, count, window=None):
     return tokens[-count:]
 
 
-@pytest.mark.parametrize("settings", [{}, {"sliding_window": 5}, {"qk_norm": "head", "head_width": 6}])
+SETTINGS = [
+    {},
+    {"sliding_window": 5},
+    {"qk_norm": "head", "head_width": 6},
+    {"attention_sinks": True, "sliding_window": 5, "window_layers": (1,), "attention_output_bias": True},
+    {"rotary_width": 2},
+    {"kv_heads": None, "latent_attention": LatentAttention(12, 6, 4, 8, q_rank=10)},
+    {"kv_heads": None, "latent_attention": LatentAttention(12, 6, 4, 8, interleaved=False), "sliding_window": 5},
+]
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
 def test_the_cache_changes_nothing(settings):
     model = make(**settings)
     assert list(generate(model, [3, 1, 4], 20)) == recomputed(model, [3, 1, 4], 20)
 
 
-@pytest.mark.parametrize("window", [None, 5])
-def test_cached_logits_equal_those_of_one_pass(window):
-    model = make(sliding_window=window)
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_cached_logits_equal_those_of_one_pass(settings):
+    model = make(**settings)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(("sinks", "bias")):
+                parameter.normal_()
     tokens = torch.randint(0, 31, (2, 12))
     whole = model(tokens)
     cache = KeyValueCache(2)

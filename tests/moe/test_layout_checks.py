@@ -73,6 +73,15 @@ def test_what_does_not(sizes, message):
         ({}, {"precision": "fp32"}, "ring cannot compute with trainer.precision=fp32, allowed: trainer.precision=bf16"),
         ({}, {"pack_documents": True}, "ring cannot keep packed documents apart, allowed: data.pack_documents=false"),
         ({"sliding_window": 8}, {}, "ring knows no model.sliding_window=8, allowed: gather"),
+        ({"attention_sinks": True}, {}, "ring knows no model.attention_sinks, allowed: gather"),
+        (
+            {
+                "latent_attention": {"kv_rank": 8, "nope_width": 8, "rope_width": 8, "value_width": 8},
+                "head_width": None,
+            },
+            {},
+            "ring knows no model.latent_attention, allowed: gather",
+        ),
         ({"head_width": 4}, {}, "ring cannot compute heads of width 4, allowed: a multiple of 8"),
     ],
 )
@@ -81,7 +90,17 @@ def test_what_ring_attention_cannot_do(model, options, message):
     nodes = {"model": config, "router": {}, "experts": {}, "dispatcher": {}}
     given = {"device": "cuda", "precision": "bf16", "pack_documents": False}
     check_ring(
-        ModelPlan.from_config({**nodes, "model": {**config, "sliding_window": None, "head_width": 8}}), 16, **given
+        ModelPlan.from_config(
+            {
+                **nodes,
+                "model": {
+                    **config,
+                    **{"sliding_window": None, "head_width": 8, "latent_attention": None, "attention_sinks": False},
+                },
+            }
+        ),
+        16,
+        **given,
     )
     with pytest.raises(ConfigError, match=message):
         check_ring(ModelPlan.from_config(nodes), 16, **{**given, **options})

@@ -17,6 +17,7 @@ HELP = """Measure speed and memory.
   kernels report    table, plot and page from the JSON files of earlier runs
   dispatch          bytes that expert parallelism sends, against the least possible, and the time of a layer
   scaling           a training step layout by layout: time, memory, and bytes sent against the formula
+  upcycling         train a dense model, then compare at equal extra FLOPs: dense, upcycled, MoE from scratch
 
 Example:
   scatterfold bench kernels shapes=e64k8f256 dtypes=bf16 output=results"""
@@ -114,12 +115,42 @@ class Scaling:
     json: Path | None = argument("also write the figures of every rank to this file", default=None)
 
 
+@dataclass(frozen=True)
+class Upcycling:
+    """Train a dense model, then spend the same extra FLOPs on it, on its upcycled MoEs and on a MoE from scratch.
+
+    The settings of all runs are configs/experiment/upcycling.yaml. Finished runs in OUTPUT are not trained again, and
+    an interrupted one goes on, so the same command continues a comparison. OUTPUT receives upcycling.json, the figure
+    upcycling.png and the tables as README.md, in which text outside of the tables stays.
+    """
+
+    EXAMPLE: ClassVar[str] = "scatterfold bench upcycling output=runs/upcycling seeds=[0,1,2] data=my/texts"
+
+    output: Path = argument("folder for runs, table, plot and JSON")
+    seeds: tuple[int, ...] = argument(
+        "one dense training and its successors each, as [A,B]", default=(0, 1, 2), least=0
+    )
+    data: Path | None = argument("file or folder of text, the standard library's source if not given", default=None)
+    steps: int | None = argument("of the dense training (1000)", default=None, least=1)
+    extra: tuple[float, ...] = argument("budgets, in FLOPs of the dense training", default=(0.25, 0.5, 1.0))
+    arms: tuple[str, ...] | None = argument(
+        "of dense, sparse, fine_grained, scratch, scratch_fine (all but the last)", default=None
+    )
+    changes: tuple[str, ...] = argument("of the configuration, as [KEY=VALUE,KEY=VALUE]", default=())
+    speed: bool = argument("measure inference too, unless OUTPUT/speed.json is there", default=True)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
     if words[:2] == ["kernels", "report"]:
         return run_subcommand("bench kernels", HELP, {"report": (Report, _report)}, words[1:])
-    commands = {"kernels": (Kernels, _kernels), "dispatch": (Dispatch, _dispatch), "scaling": (Scaling, _scaling)}
+    commands = {
+        "kernels": (Kernels, _kernels),
+        "dispatch": (Dispatch, _dispatch),
+        "scaling": (Scaling, _scaling),
+        "upcycling": (Upcycling, _upcycling),
+    }
     return run_subcommand("bench", HELP, commands, words)
 
 
@@ -137,6 +168,12 @@ def _dispatch(settings: Dispatch) -> int:
 
 def _scaling(settings: Scaling) -> int:
     from .scaling.run import run
+
+    return run(settings)
+
+
+def _upcycling(settings: Upcycling) -> int:
+    from .upcycling.run import run
 
     return run(settings)
 

@@ -30,7 +30,7 @@ class Problem:
         self.generator = torch.Generator().manual_seed(seed)
         self.activation, self.dtype = activation, dtype
         hidden = 2 * expert_width if is_gated(activation) else expert_width
-        self.x = self.framed(tokens, width)
+        self.x = self.framed(tokens, width, scale=6.0 if activation == "clamped_swiglu" else 1.0)  # beyond its limits
         self.w_in = self.framed(experts, hidden, width, scale=width**-0.5)
         self.w_out = self.framed(experts, width, expert_width, scale=expert_width**-0.5)
         self.b_in = self.framed(experts, hidden).contiguous() if bias else None

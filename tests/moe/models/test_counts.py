@@ -8,6 +8,7 @@ import yaml
 from torch.utils.flop_counter import FlopCounterMode
 
 from scatterfold import Experts, ModelConfig, TopKRouter, Transformer
+from scatterfold.moe.blocks import LatentAttention
 from scatterfold.moe.build import ModelPlan
 from scatterfold.moe.models import count_model
 from scatterfold.moe.models.counts import layer_costs
@@ -30,6 +31,12 @@ VARIANTS = {
         "head_width": 6,
         "activation": "relu2",
     },
+    "sinks": {"attention_sinks": True, "attention_bias": True, "attention_output_bias": True, "rotary_width": 2},
+    "latent": {**MOE, "kv_heads": None, "latent_attention": LatentAttention(12, 6, 4, 8, q_rank=10)},
+    "latent without a query rank": {
+        **{"kv_heads": None, "attention_bias": True, "attention_output_bias": True},
+        "latent_attention": LatentAttention(12, 6, 4, 8),
+    },
     "projection norm": {**MOE, "moe_layers": (2,), "qk_norm": "projection", "shared_expert_width": 12},
 }
 
@@ -45,7 +52,7 @@ def build(config, activation="swiglu"):
 @pytest.mark.parametrize("activation", ["swiglu", "relu2"])
 @pytest.mark.parametrize("name", VARIANTS)
 def test_counts_equal_the_built_module(name, activation):
-    config = ModelConfig(**SHAPE, **VARIANTS[name])
+    config = ModelConfig(**{**SHAPE, **VARIANTS[name]})
     model = build(config, activation)
     counts = count_model(config, experts_per_token=2, expert_activation=activation)
     assert counts.total == sum(parameter.numel() for parameter in model.parameters())
@@ -77,17 +84,34 @@ def test_a_window_bounds_what_attention_costs():
     seen = (1 + 2 + 3 * 6) / 8
     counts = count_model(config, sequence_length=8)
     assert counts.flops_per_token == 6 * (counts.active - counts.embedding) + 12 * 4 * 16 * seen
+    config = ModelConfig(**SHAPE, sliding_window=3, window_layers=(1,))
+    attention = count_model(config, sequence_length=8).flops_per_token - 6 * (counts.active - counts.embedding)
+    assert attention == 12 * 16 * (seen + 3 * 4.5)
 
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_layers_and_head_cost_what_the_model_costs(name):
-    config = ModelConfig(**SHAPE, **VARIANTS[name])
+    config = ModelConfig(**{**SHAPE, **VARIANTS[name]})
     counts = count_model(config, experts_per_token=2, sequence_length=8)
     costs, head = layer_costs(config, experts_per_token=2, sequence_length=8)
     assert len(costs) == config.layers
     assert sum(costs) + head == pytest.approx(counts.flops_per_token)
     if name == "everything":
         assert costs[0] != costs[1] == costs[2]  # dense, then MoE
+
+
+def test_flops_of_latent_attention_equal_those_of_an_operation_counter():
+    latent = LatentAttention(24, 16, 8, 12, q_rank=40)
+    config = ModelConfig(**{**SHAPE, "width": 64, "ffn_width": 96, "kv_heads": None}, latent_attention=latent)
+    model, length = build(config), 32
+    with FlopCounterMode(display=False) as counter:
+        model(torch.zeros(1, length, dtype=torch.int64)).sum().backward()
+    counts = count_model(config, sequence_length=length)
+    by_name = {str(op): flops for op, flops in counter.get_flop_counts()["Global"].items()}
+    measured = sum(flops for op, flops in by_name.items() if "attention" not in op)
+    assert measured == pytest.approx(6 * (counts.active - counts.embedding) * length, rel=5e-3)  # norms differ
+    attention = counts.flops_per_token - 6 * (counts.active - counts.embedding)
+    assert attention == 4 * 4 * 6 * (16 + 8 + 12) * (length + 1) / 2
 
 
 def test_a_pipeline_splits_by_what_layers_cost():

@@ -73,11 +73,30 @@ def test_a_tiny_threshold_takes_one_expert_and_one_takes_all():
     assert ThresholdRouter(WIDTH, 6, 1.0, max_experts=2)(hidden).counts.sum() == 40
 
 
-def test_ties_go_to_the_lowest_expert_id():
-    router = ThresholdRouter(WIDTH, 8, 0.3)
+def test_equal_experts_are_taken_together_and_the_bound_keeps_the_lowest_ids():
+    hidden = torch.randn(5, WIDTH)
+    for cap, counts in ((None, [5] * 8), (3, [5, 5, 5, 0, 0, 0, 0, 0])):
+        router = ThresholdRouter(WIDTH, 8, 0.3, cap)
+        with torch.no_grad():
+            router.weight.zero_()  # every probability is 1 / 8: three of them would reach 0.3
+        assert router(hidden).counts.tolist() == counts
+
+
+@pytest.mark.parametrize("noise", [0.0, 1e-8])
+def test_groups_of_equal_rows_are_never_split(noise):
+    """Also where rounding makes their scores differ; a rule that ends at the first sum would cut most groups."""
+    torch.manual_seed(0)
+    groups, size, width = 8, 4, 64
+    router = ThresholdRouter(width, groups * size, 0.5, renormalise=True, z_loss=0.1)
     with torch.no_grad():
-        router.weight.zero_()  # every probability is 1 / 8: three of them reach 0.3
-    assert router(torch.randn(5, WIDTH)).counts.tolist() == [5, 5, 5, 0, 0, 0, 0, 0]
+        rows = torch.randn(groups, width) * 0.1
+        router.weight.copy_(rows.repeat_interleave(size, 0) + noise * torch.randn(groups * size, width))
+    hidden = torch.randn(400, width)
+    chosen = torch.tensor(listed(router(hidden).routing)).unflatten(1, (groups, size)) > 0
+    assert torch.equal(chosen.all(-1), chosen.any(-1))
+    # As many groups as a router of one expert per group takes: what it costs a token is the same.
+    mass = (hidden @ rows.T).softmax(-1).sort(descending=True).values.cumsum(-1)
+    assert torch.equal(chosen.any(-1).sum(-1), (mass < 0.5).sum(-1) + 1)
 
 
 def test_not_a_number_still_takes_one_expert():

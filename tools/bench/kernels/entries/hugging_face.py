@@ -5,9 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .....moe.interop.transformers import register
 from ..case import Case, Layer, Refused, leaf
 
 IMPLEMENTATIONS = ("eager", "batched_mm", "grouped_mm")
+PLUGIN = "scatterfold"  # ours, as transformers calls it: with its own routing tables and checks at every forward pass
 MOST_COPIED = 2 * 2**30  # bytes; batched_mm copies an expert's weights for every assignment
 
 
@@ -16,6 +18,8 @@ def build(implementation: str, case: Case) -> Layer:
     from transformers import Qwen3MoeConfig
     from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
+    if implementation == PLUGIN:
+        register()
     shape = case.shape
     copied = 3 * shape.assignments * shape.width * shape.expert_width * case.dtype.itemsize
     if implementation == "batched_mm" and copied > MOST_COPIED:

@@ -39,6 +39,7 @@ class Entry:
 def all_entries() -> list[Entry]:
     """Ours, the limits, the peers."""
     backends = [Entry(name, OURS, partial(ours.build, name)) for name in BACKENDS]
+    plugin = partial(hugging_face.build, hugging_face.PLUGIN)
     limits = [Entry("dense_a", LIMIT, dense.build_a), Entry("dense_b", LIMIT, dense.build_b)]
     transformers = [
         Entry(f"transformers_{name}", PEER, partial(hugging_face.build, name), "transformers")
@@ -46,6 +47,7 @@ def all_entries() -> list[Entry]:
     ]
     return [
         *backends,
+        Entry(f"transformers_{hugging_face.PLUGIN}", OURS, plugin, "transformers"),
         *limits,
         Entry("pipeline", PEER, pipeline.build),
         *transformers,

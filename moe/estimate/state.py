@@ -1,0 +1,104 @@
+"""Parameters, gradients and optimizer state of one rank, and the weights that it gathers or casts to compute."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from functools import cached_property
+
+from .inventory import Held, Parameter, held
+from .job import Job
+
+PARAMETER_BYTES = 4  # float32, also under bf16
+MOMENT_BYTES = 8  # AdamW: two moments in float32
+
+
+@dataclass(frozen=True)
+class State:
+    """Bytes of some parameters on one rank.
+
+    Attributes:
+        parameters: stored in float32, sharded where FSDP manages them.
+        trained: those of them that get a gradient and optimizer state.
+        gradients: in float32, as the optimizer reads them.
+        accumulated: gradients while micro-batches add up. FSDP reduces once a step, so until then they are whole, in
+            float32; with engine.reduce_every_micro_batch they are shards.
+        gathered: what FSDP has gathered while it is used: bfloat16 under bf16 but for embedding, norm and head.
+        reduced: what FSDP holds to reduce gradients: those of the gathered weights, and a float32 copy to be sent.
+        cast: bfloat16 copies that autocast makes of other weights, which the graph keeps for the backward pass.
+        cached: those of them that autocast caches until the forward pass ends, whatever is recomputed.
+        largest: the largest gradient that is whole before it is added to another.
+    """
+
+    parameters: float = 0.0
+    trained: float = 0.0
+    gradients: float = 0.0
+    accumulated: float = 0.0
+    gathered: float = 0.0
+    reduced: float = 0.0
+    cast: float = 0.0
+    cached: float = 0.0
+    largest: float = 0.0
+
+    def __add__(self, other: State) -> State:
+        both = {item.name: getattr(self, item.name) + getattr(other, item.name) for item in fields(self)}
+        return State(**{**both, "largest": max(self.largest, other.largest)})
+
+    @property
+    def optimizer(self) -> float:
+        return self.trained / PARAMETER_BYTES * MOMENT_BYTES
+
+
+class RankState:
+    """State by layer kind and of the two ends, computed once for a job."""
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+
+    @cached_property
+    def kinds(self) -> list[State]:
+        """Of one layer of each kind."""
+        return [self._of(parameters) for parameters in self._job.workload.inventory.kinds]
+
+    @cached_property
+    def first(self) -> State:
+        return self._of(self._job.workload.inventory.first)
+
+    @cached_property
+    def last(self) -> State:
+        return self._of(self._job.workload.inventory.last)
+
+    def ends(self, rank: int) -> State:
+        """Embedding, norm and head, as far as a pipeline rank has them."""
+        state = self.first if self._job.has_first(rank) else State()
+        return state + self.last if self._job.has_last(rank) else state
+
+    def whole(self, rank: int) -> State:
+        """Everything that a pipeline rank holds."""
+        layers = (self.kinds[self._job.kind(layer)] for part in self._job.parts(rank) for layer in part)
+        return sum(layers, self.ends(rank))
+
+    def _of(self, parameters: Iterable[Parameter]) -> State:
+        precision = self._job.workload.plan.trainer.precision
+        placed = [held(parameter, self._job.layout, precision) for parameter in parameters]
+        experts = sum(4.0 * item.gathered for item in placed if item.parameter.is_expert and item.parameter.trained)
+        return sum((self._one(item) for item in placed), State(largest=experts))
+
+    def _one(self, item: Held) -> State:
+        plan, width = self._job.workload.plan, self._job.workload.element_bytes
+        stored, whole, trained = 4.0 * item.stored, 4.0 * item.gathered, item.parameter.trained
+        halved = plan.trainer.precision == "bf16" and item.parameter.in_unit
+        travels = float(width if halved else 4)
+        casts = halved and item.parameter.is_product and not item.by_fsdp
+        keeps_shards = plan.engine.reduce_every_micro_batch or not item.by_fsdp
+        return State(
+            parameters=stored,
+            trained=stored if trained else 0.0,
+            gradients=stored if trained else 0.0,
+            accumulated=(stored if keeps_shards else whole) if trained else 0.0,
+            gathered=travels * item.gathered if item.by_fsdp else 0.0,
+            reduced=(travels + 4.0) * item.gathered if item.by_fsdp and trained else 0.0,
+            cast=2.0 * item.gathered if casts else 0.0,
+            cached=2.0 * item.gathered if casts and not item.parameter.is_expert and self._job.layout.tp == 1 else 0.0,
+            largest=whole if trained else 0.0,
+        )

@@ -1,0 +1,38 @@
+"""Llama 2 and 3, and the many models of their shape."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ....build import ModelPlan
+from ..architecture import Architecture, Groups
+from ..config_json import ConfigJson
+from ..decoder import DECODER_DEFAULTS, dense_groups, dense_rules, read_decoder, write_decoder
+from ..misfit import Misfit, demand_dense, demand_model
+from ..tensor_rules import TensorRule
+
+
+class Llama(Architecture):
+    model_type = "llama"
+    class_name = "LlamaForCausalLM"
+    defaults = {**DECODER_DEFAULTS, "attention_bias": False, "mlp_bias": False}
+
+    def read_config(self, hf: ConfigJson) -> Groups:
+        hf.only("attention_bias", False)
+        hf.only("mlp_bias", False)
+        return dense_groups({**read_decoder(hf), "ffn_width": hf.whole("intermediate_size", 1)})
+
+    def write_config(self, plan: ModelPlan) -> dict[str, Any]:
+        demand_dense(self.model_type, plan)
+        demand_model(self.model_type, plan)
+        config = plan.config
+        if config.width % config.heads:  # their config class refuses it, even where head_dim is given
+            raise Misfit(self.model_type, "model.heads", config.heads, f"a divisor of model.width={config.width}")
+        return {**write_decoder(self.model_type, plan), "attention_bias": False, "mlp_bias": False}
+
+    def tensors(self, plan: ModelPlan, hf: Mapping[str, Any]) -> Sequence[TensorRule]:
+        return dense_rules(plan)
+
+
+ARCHITECTURE = Llama()

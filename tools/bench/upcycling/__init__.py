@@ -1,0 +1,1 @@
+"""`scatterfold bench upcycling`: does upcycling pay, at equal extra training FLOPs?"""
