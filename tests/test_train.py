@@ -367,7 +367,7 @@ def test_a_changed_corpus_is_refused(make, tmp_path):
         ({"layout": {"dp_shard": 2}}, ConfigError, "layout.dp_shard=2"),
         ({"data__micro_batch_size": 3}, ConfigError, "data.micro_batch_size=3"),
         ({"data__path": "/nowhere"}, DataError, "/nowhere"),
-        ({"init_from": "/nowhere"}, CheckpointError, "init_from=/nowhere: /nowhere holds no whole checkpoint"),
+        ({"init_from": "/nowhere"}, CheckpointError, "init_from=/nowhere: /nowhere does not exist, allowed: a run"),
     ],
 )
 def test_bad_input_is_one_line_and_leaves_nothing_behind(make, tmp_path, changes, error, message):

@@ -123,7 +123,7 @@ def _run(settings: Upcycle) -> int:
             if process.is_main and settings.probe:
                 measured = measure(sources, made, settings.probe_tokens)
                 record["measured"] = measured.record()
-                rows += measured_rows(measured, plan)
+                rows += measured_rows(measured, plan, written)
         if process.is_main:
             if settings.json is not None:
                 write_atomically(settings.json, json.dumps(record, indent=2) + "\n")

@@ -46,7 +46,7 @@ def written_rows(written: WriteReceipt) -> Rows:
     return [("output", f"{written.output}, {files}, {_bytes(written.bytes)} ({written.dtype}){optimizer}")]
 
 
-def measured_rows(measured: Measured, plan: UpcyclePlan) -> Rows:
+def measured_rows(measured: Measured, plan: UpcyclePlan, written: WriteReceipt) -> Rows:
     """Lines about source and result on the probe."""
     rows: Rows = []
     for difference in measured.sources:
@@ -58,8 +58,8 @@ def measured_rows(measured: Measured, plan: UpcyclePlan) -> Rows:
                 f"{difference.largest:.2e} at most between logits{of}, {difference.relative:.1e} of the largest{loss}",
             )
         )
-    if plan.exact and not measured.exact:
-        rows.append(("", "more than float32 rounding: the weights of the result are rounded to their dtype"))
+    if plan.exact and not measured.exact and written.dtype != "fp32":
+        rows.append(("", f"the constant's factors are rounded to {written.dtype}; scale=down rounds no power of two"))
     rows.append(("probe", f"{measured.tokens:,} tokens of {measured.probe}, float32, the result as written"))
     rows.append(
         (

@@ -14,7 +14,7 @@ from ...kernels.errors import DataError
 from .batches import Batch, Batches, BatchMaker, Share, ValidBatches
 from .cache import cache_folder, digest, locked
 from .corpus import Blend, Corpus, TokenSpan
-from .indexed import check_indexed, indexed_prefix, open_indexed
+from .indexed import IndexedFacts, check_indexed, indexed_prefix, open_indexed
 from .prepare import PrepareSettings, Progress, plan_of, prepare
 from .settings import DataSettings, corpora
 from .sources import STDLIB, find_files
@@ -93,9 +93,20 @@ def open_data(
     )
 
 
-def _open_corpus(
-    name: str, settings: DataSettings, tokenizer: Tokenizer, cache: Path, seed: int, progress: Progress | None
-) -> Corpus:
+def open_tokens(settings: DataSettings, tokenizer: Tokenizer) -> TokenSpan:
+    """All tokens of the corpora that `settings.path` names, in stored order; raw text is prepared on first use.
+
+    Raises: DataError if a corpus is missing, empty, damaged, or does not fit the tokenizer.
+    """
+    cache = cache_folder(settings.cache_dir)
+    prefixes = [_checked(name, settings, tokenizer, cache, None)[0] for name, _ in corpora(settings.path)]
+    return TokenSpan([open_indexed(prefix).tokens for prefix in prefixes])
+
+
+def _checked(
+    name: str, settings: DataSettings, tokenizer: Tokenizer, cache: Path, progress: Progress | None
+) -> tuple[Path, IndexedFacts]:
+    """Prefix of a corpus as an indexed dataset, and what is in it."""
     prefix = None if name == STDLIB else indexed_prefix(Path(name).expanduser())
     if prefix is None:
         prefix = _prepared(name, settings, tokenizer, cache, progress)
@@ -106,6 +117,13 @@ def _open_corpus(
             f"{prefix} was made with another tokenizer: it holds token id {wrong}, data.tokenizer="
             f"{settings.tokenizer} allows 0 to {tokenizer.vocab_size - 1}"
         )
+    return prefix, facts
+
+
+def _open_corpus(
+    name: str, settings: DataSettings, tokenizer: Tokenizer, cache: Path, seed: int, progress: Progress | None
+) -> Corpus:
+    prefix, facts = _checked(name, settings, tokenizer, cache, progress)
     corpus = Corpus(
         name=name,
         files=open_indexed(prefix),

@@ -158,7 +158,7 @@ def backward_buffers(job: Job, layer: int) -> float:
     hidden    the gradient that comes in, and that of the half's input: 8 s D
     attention gradients of q, k, v and of attention's output, w n (2 H + 2 G) W / TP
     dense     gradients of gate, up and product, w n 3 F / TP
-    experts   on a CPU sums by row, in float32 at least, 8 R D; on a GPU gradient rows w N D and a, da, dz: w N 4 F / ETP
+    experts   on a CPU sums by row, in float32 at least, 8 R D; on a GPU gradient rows and a, da, dz: w N (D + 4 F)
     """
     config, layout, width = job.workload.config, job.layout, job.workload.element_bytes
     n = job.cp_tokens

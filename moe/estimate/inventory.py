@@ -1,4 +1,4 @@
-"""The parameters of a model, and which part of each a rank holds: the rules of `parallel.engines.sharding` on shapes."""
+"""The parameters of a model, and what a rank holds of each: the rules of `parallel.engines.sharding` on shapes."""
 
 from __future__ import annotations
 
@@ -162,3 +162,8 @@ def _shard_dimension(shape: Sequence[int], cut: dict[int, int], ways: int) -> in
     if cut.get(0, 1) == 1:
         return 0
     return next((dim for dim, size in enumerate(shape) if size % (cut[dim] * ways) == 0), None)
+
+
+def group_size(layout: ResolvedLayout, name: str) -> int:
+    """Ranks of a kind of group, by its name in `ResolvedLayout.groups`."""
+    return {"dp_cp": layout.dp_shard * layout.cp}.get(name) or getattr(layout, name)

@@ -178,6 +178,12 @@ class Job:
         return self.layout.ep * self.layout.etp
 
     @property
+    def by_ddp(self) -> bool:
+        """Whether every rank holds the whole model and nothing else, which DDP reduces."""
+        layout = self.layout
+        return layout.dp_replicate == layout.world > 1 and self.dispatch_ranks == 1
+
+    @property
     def packs_on_cpu(self) -> bool:
         """Whether attention is computed document by document, and its results joined."""
         return self.workload.device_type == "cpu" and self.workload.plan.data.pack_documents

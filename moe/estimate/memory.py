@@ -82,9 +82,8 @@ class _Walk:
         self.layers = [layer for part in job.parts(rank) for layer in part]
         self.ends, self.whole = state.ends(rank), state.whole(rank)
         self.flight = in_flight(job, rank)
-        layout, trainer = job.layout, job.workload.plan.trainer
-        self.by_ddp = layout.dp_replicate == layout.world > 1 and layout.ep * layout.etp == 1
-        self.accumulates = job.micro_batches > 1 or layout.pp > 1
+        trainer = job.workload.plan.trainer
+        self.accumulates = job.micro_batches > 1 or job.layout.pp > 1
         self.checkpoints = trainer.activation_checkpointing != "none"
         self.offloads = trainer.activation_offload and job.workload.device_type == "cuda"
         self.by_kind = {kind: _Layer(job, kind) for kind in dict.fromkeys(job.kind(layer) for layer in self.layers)}
@@ -104,18 +103,29 @@ class _Walk:
             yield self._memory("head", len(self.layers), 2.0 * self._head_gradients, self._backward_weights(None), 0.0)
         for index in range(len(self.layers) - 1, -1, -1):
             yield self._backward(index)
-        yield self._memory("embedding", 0, 0.0, self.ends.gathered + self.ends.reduced, self.ends.largest)
-        yield Memory(**self._fixed, gradients=self._ddp or self.whole.gradients, moment="update", rank=self.rank)
+            yield self._reduce(index)
+        first = self._state(0).sent if self.layers else 0.0
+        yield self._memory("backward of the embedding", 0, 0.0, self.ends.gathered + first, self.ends.largest)
+        yield self._memory("reduction", 0, 0.0, self.ends.sent, 0.0 if self.accumulates else self.ends.fresh)
+        gradients, bucket = self._ddp or self.whole.gradients, self.job.workload.plan.engine.bucket_mb * 2**20
+        message = min(self.whole.summed, max(bucket, self.whole.longest))
+        yield Memory(**self._fixed, gradients=gradients, temporary=message, moment="update", rank=self.rank)
 
     def _backward(self, index: int) -> Memory:
+        """When the gradient of the layer's largest weights is there, and the activations that it came from still are."""
         layer = self._layer(index)
-        again, buffers = layer.again if self.checkpoints else Kept(), layer.buffers
-        if self.accumulates or self._ddp:
-            buffers += self._state(index).largest  # a new gradient beside the one that it is added to
+        again = layer.again if self.checkpoints else Kept()
+        buffers = layer.buffers + self._state(index).largest
         memory = self._memory(
             f"backward of layer {self.layers[index]}", index + 1, 0.0, self._backward_weights(index), buffers
         )
         return _plus(memory, activations=again.activations, dispatch=again.dispatch + dispatch_buffers(self.job))
+
+    def _reduce(self, index: int) -> Memory:
+        """When FSDP has freed the weights of a layer, and copied its gradients for the message that reduces them."""
+        fresh = 0.0 if self.accumulates else self._state(index).fresh
+        weights = self._backward_weights(index - 1) if index else self.ends.gathered + self._state(0).sent
+        return self._memory(f"reduction of layer {self.layers[index]}", index, 0.0, weights, fresh)
 
     def _memory(self, moment: str, layers: int, loss: float, weights: float, temporary: float = 0.0) -> Memory:
         """With the activations of the first `layers` layers, and gradients of the others."""
@@ -139,7 +149,7 @@ class _Walk:
     @property
     def _ddp(self) -> float:
         """DDP's buckets are gradients, and stay from step to step."""
-        return self.whole.gradients if self.by_ddp else 0.0
+        return self.whole.gradients if self.job.by_ddp else 0.0
 
     def _gradients(self, layers: int) -> float:
         """While the backward pass has not reached the first `layers` layers."""
@@ -151,7 +161,7 @@ class _Walk:
         return done + (self._head_weight if layers < len(self.layers) else 0.0)
 
     def _activations(self, layers: int) -> Kept:
-        """Of this micro-batch the first `layers` layers, of the others in flight all. Offloaded ones are on the host."""
+        """Of this micro-batch the first `layers` layers, of others in flight all. What is offloaded is on the host."""
         current = Kept(self.activations[layers], self.dispatch[layers])
         if self.offloads:
             largest = max((layer.kept for layer in self.by_kind.values()), key=lambda kept: kept.total)
@@ -205,28 +215,27 @@ class _Walk:
 
     @property
     def _forward_weights(self) -> float:
-        """At the end of a forward pass: of FSDP what is not freed, of autocast all that the graph or its cache keeps."""
+        """At the end of a forward pass: of FSDP what is not freed, of autocast what the graph or its cache keeps."""
         stay = self.whole.gathered if not self._reshards else self.ends.gathered
         return stay + (self.whole.cached if self.checkpoints else self.whole.cast)
 
     def _backward_weights(self, index: int | None) -> float:
-        """At the backward pass of a layer (None: of the head): gathered ones, the next ones, and what is reduced.
+        """At the backward pass of a layer (None: of the head): those gathered, and casts that the graph still keeps.
 
-        A pipeline frees gathered weights after the last micro-batch only, so those of later layers are there, too.
+        FSDP gathers the next layer meanwhile, and keeps the message of the one before until its own is ready. A
+        pipeline frees gathered weights after the last micro-batch only, so those of later layers are there, too.
         """
         count, weights = len(self.layers), self.ends.gathered
         at = count if index is None else index
-        if not self._reshards:
-            weights += self.gathered[min(at + 1, count)]
-        else:
-            weights += self.gathered[min(at + 1, count)] - self.gathered[max(at - 1, 0)]
-        if at < count:
-            weights += self._state(at).reduced
-            if self.job.layout.pp > 1:
-                weights += self.gathered[-1] - self.gathered[at + 1]
+        here = min(at + 1, count)
+        weights += self.gathered[here] - (self.gathered[max(at - 1, 0)] if self._reshards else 0.0)
+        if at + 1 < count:
+            weights += self._state(at + 1).sent
+        if at < count and self.job.layout.pp > 1:
+            weights += self.gathered[-1] - self.gathered[here]
         if self.checkpoints:
             return weights + (self._state(at).cast if at < count else 0.0)
-        return weights + self.cast[min(at + 1, count)]
+        return weights + self.cast[here]
 
     @property
     def _reshards(self) -> bool:

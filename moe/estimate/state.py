@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from functools import cached_property
 
-from .inventory import Held, Parameter, held
+from .inventory import Held, Parameter, group_size, held
 from .job import Job
 
 PARAMETER_BYTES = 4  # float32, also under bf16
@@ -24,10 +24,12 @@ class State:
         accumulated: gradients while micro-batches add up. FSDP reduces once a step, so until then they are whole, in
             float32; with engine.reduce_every_micro_batch they are shards.
         gathered: what FSDP has gathered while it is used: bfloat16 under bf16 but for embedding, norm and head.
-        reduced: what FSDP holds to reduce gradients: those of the gathered weights, and a float32 copy to be sent.
+        fresh: gradients of gathered weights as the backward pass makes them, in the precision of the gathered weights.
+        sent: the float32 copy of them that FSDP reduces and scatters.
+        summed, longest: gradients that the engine sums itself after the last backward pass, and the largest of them.
         cast: bfloat16 copies that autocast makes of other weights, which the graph keeps for the backward pass.
         cached: those of them that autocast caches until the forward pass ends, whatever is recomputed.
-        largest: the largest gradient that is whole before it is added to another.
+        largest: the largest gradient of one operation, new and whole; all experts of a layer are one operation.
     """
 
     parameters: float = 0.0
@@ -35,14 +37,18 @@ class State:
     gradients: float = 0.0
     accumulated: float = 0.0
     gathered: float = 0.0
-    reduced: float = 0.0
+    fresh: float = 0.0
+    sent: float = 0.0
+    summed: float = 0.0
+    longest: float = 0.0
     cast: float = 0.0
     cached: float = 0.0
     largest: float = 0.0
 
     def __add__(self, other: State) -> State:
         both = {item.name: getattr(self, item.name) + getattr(other, item.name) for item in fields(self)}
-        return State(**{**both, "largest": max(self.largest, other.largest)})
+        greatest = {name: max(getattr(self, name), getattr(other, name)) for name in ("largest", "longest")}
+        return State(**both | greatest)
 
     @property
     def optimizer(self) -> float:
@@ -90,6 +96,7 @@ class RankState:
         halved = plan.trainer.precision == "bf16" and item.parameter.in_unit
         travels = float(width if halved else 4)
         casts = halved and item.parameter.is_product and not item.by_fsdp
+        summed = stored if trained and not item.by_fsdp and not self._job.by_ddp and self._is_summed(item) else 0.0
         keeps_shards = plan.engine.reduce_every_micro_batch or not item.by_fsdp
         return State(
             parameters=stored,
@@ -97,8 +104,15 @@ class RankState:
             gradients=stored if trained else 0.0,
             accumulated=(stored if keeps_shards else whole) if trained else 0.0,
             gathered=travels * item.gathered if item.by_fsdp else 0.0,
-            reduced=(travels + 4.0) * item.gathered if item.by_fsdp and trained else 0.0,
+            fresh=travels * item.gathered if item.by_fsdp and trained else 0.0,
+            sent=whole if item.by_fsdp and trained else 0.0,
+            summed=summed,
+            longest=summed,
             cast=2.0 * item.gathered if casts else 0.0,
             cached=2.0 * item.gathered if casts and not item.parameter.is_expert and self._job.layout.tp == 1 else 0.0,
             largest=whole if trained else 0.0,
         )
+
+    def _is_summed(self, item: Held) -> bool:
+        """Whether other ranks have a part of its gradient."""
+        return any(group_size(self._job.layout, name) > 1 for name in item.sums)

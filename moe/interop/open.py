@@ -50,7 +50,7 @@ def _open(folder: Path, options: Mapping[str, Any]) -> StoredModel:
     if (stored := _open_own(folder) or _open_huggingface(folder)) is not None:
         if options:
             name, value = next(iter(options.items()))
-            raise ConfigError(f"{name}={value} does not go with {folder}, allowed: with a Megatron checkpoint")
+            raise ConfigError(f"{name}={value} does not go with {folder}, allowed: for a Megatron checkpoint only")
         return stored
     if (stored := _open_megatron(folder, options)) is not None:
         return stored
@@ -66,10 +66,8 @@ def _open_own(folder: Path) -> StoredModel | None:
 
 
 def _open_huggingface(folder: Path) -> StoredModel | None:
-    try:
-        from .huggingface import is_huggingface, open_huggingface
-    except ImportError:
-        return None
+    from .huggingface import is_huggingface, open_huggingface
+
     return open_huggingface(folder) if is_huggingface(folder) else None
 
 

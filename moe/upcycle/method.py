@@ -139,8 +139,8 @@ class Method:
             value = getattr(self.settings, name)
             if value % self.group:
                 raise ConfigError(
-                    f"{name}={value} is not a multiple of the {self.group} routed shards of a copy: a token would get a "
-                    f"part of one, allowed: a multiple of {self.group}"
+                    f"{name}={value} is not a multiple of the {self.group} routed shards of a copy, of which a token "
+                    f"would get a part, allowed: a multiple of {self.group}"
                 )
 
     def groups(self, source: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+
 from ...kernels import ConfigError
 from ..interop.stored import StoredModel
+from ..models.config import ModelConfig
 
 # The mixture whose attention is that of a dense architecture of Hugging Face: tried before the others.
 MIXTURE_OF = {"llama": "mixtral", "mistral": "mixtral", "qwen2": "qwen2_moe", "qwen3": "qwen3_moe"}
@@ -33,11 +36,19 @@ def architecture_of(result: StoredModel, to: str, asked: str | None = None) -> s
 
     if asked is not None and asked not in ARCHITECTURES:
         raise ConfigError(f"architecture={asked} is unknown, allowed: {', '.join(ARCHITECTURES)}")
+    if asked is None:
+        asked = MIXTURE_OF.get(str(result.origin.get("model_type"))) or _by_attention(result.plan().config)
+        with contextlib.suppress(ConfigError):
+            return choose_architecture(result.config, asked).model_type
     try:
-        if asked is not None:
-            ARCHITECTURES[asked].write_config(result.plan())
-            return asked
-        preferred = MIXTURE_OF.get(str(result.origin.get("model_type")))
-        return choose_architecture(result.config, preferred).model_type
+        ARCHITECTURES[asked].write_config(result.plan())
     except ConfigError as error:
         raise ConfigError(f"{error}, or to=scatterfold") from None
+    return asked
+
+
+def _by_attention(config: ModelConfig) -> str:
+    """The mixture that comes closest."""
+    if config.qk_norm != "none":
+        return "qwen3_moe" if config.qk_norm == "head" else "olmoe"
+    return "qwen2_moe" if config.attention_bias else "mixtral"

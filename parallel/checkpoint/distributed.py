@@ -61,9 +61,8 @@ def _lazy(path: Path, index: Metadata, reader: FileSystemReader, name: str, entr
             if rest:
                 reader.set_up_storage_reader(index, is_coordinator=True)
                 reader.read_data(LoadPlan(rest), _Into(part)).wait()
-        except (CheckpointException, OSError, RuntimeError, KeyError) as error:
-            text = first_failure(error) if isinstance(error, CheckpointException) else str(error).splitlines()[0]
-            raise CheckpointError(f"{path}: {name} cannot be read: {text}") from None
+        except Exception as error:  # damaged data raise almost anything
+            raise CheckpointError(f"{path}: {name} cannot be read: {_in_short(error)}") from None
         return part
 
     return LazyTensor(entry.size, entry.properties.dtype, fetch)
@@ -79,6 +78,12 @@ def _read_rows(path: Path, index: Metadata, item: ReadItem, part: Tensor) -> boo
     cuts = [slice(start, start + length) for start, length in zip(item.storage_offsets, item.lengths)]
     _place(part, item).copy_(found.read(file, cuts[0])[:, *cuts[1:]])
     return True
+
+
+def _in_short(error: Exception) -> str:
+    if isinstance(error, CheckpointException):
+        return first_failure(error)
+    return next(iter(str(error).splitlines()), "") or type(error).__name__
 
 
 class _Into(DefaultLoadPlanner):

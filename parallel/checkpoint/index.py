@@ -50,6 +50,11 @@ _SAFE = {
 }
 
 
+def is_safe(module: str, name: str) -> bool:
+    """Whether a name in an index of tensors is one of the classes, or dtypes, that an index is made of."""
+    return (module, name) in _SAFE or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype))
+
+
 class _IndexUnpickler(pickle.Unpickler):
     """Builds only the classes that an index of tensors is made of.
 
@@ -57,7 +62,7 @@ class _IndexUnpickler(pickle.Unpickler):
     """
 
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in _SAFE or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
+        if is_safe(module, name):
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"it wants to load {module}.{name}")
 

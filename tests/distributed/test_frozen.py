@@ -23,7 +23,7 @@ from scatterfold.parallel.shards import local_part, local_range
 
 pytestmark = [pytest.mark.distributed, pytest.mark.filterwarnings("ignore:torch.distributed is disabled")]
 
-SEQUENCES, LENGTH, VOCAB, STEPS = 4, 8, 29, 3
+SEQUENCES, LENGTH, VOCAB, STEPS = 4, 8, 29, 2
 MODEL = {
     **{"vocab_size": VOCAB, "layers": 2, "width": 16, "heads": 4, "kv_heads": 2, "max_positions": LENGTH},
     **{"expert_width": 8, "num_experts": 4, "shared_expert_width": 8},
@@ -32,11 +32,8 @@ EXPERTS = {"_target_": "scatterfold.moe.Experts"}
 ADAPTERS = {"_target_": "scatterfold.moe.AdapterExperts", "adapter_width": 6, "alpha": 0.5}
 DISPATCHERS = "scatterfold.parallel.dispatchers"
 MODELS = {
-    "attention and some experts": (["blocks.*.attention.*", "blocks.0.mlp.experts.*", "embedding.*"], EXPERTS),
     "first half": (["embedding.weight", "blocks.0.*"], EXPERTS),  # a whole stage of a pipeline of two
-    "router and norms": (["*norm.weight", "blocks.1.mlp.router.*"], EXPERTS),
-    "adapters": ([], ADAPTERS),
-    "adapters only": (["embedding.*", "head.*", "*.attention.*", "*norm.weight", "*.shared.*"], ADAPTERS),
+    "adapters": (["head.*", "*.attention.*", "*norm.weight", "blocks.1.mlp.router.*"], ADAPTERS),
     "adapters and their MLP": ([], {**ADAPTERS, "train_ffn": True}),
 }
 LAYOUTS = {
@@ -50,10 +47,17 @@ LAYOUTS = {
         "pp": Layout(pp=2),
         "cp": Layout(cp=2),
     },
-    4: {"fsdp, tp, ep, etp": Layout(dp_shard=2, tp=2, ep=2, etp=2), "pp, fsdp, ep": Layout(pp=2, dp_shard=2, ep=2)},
+    4: {"fsdp, tp, ep, etp": Layout(dp_shard=2, tp=2, ep=2, etp=2)},
 }
 SLOW = {"ep": "AllGatherDispatcher", "tp, etp": "AllGatherDispatcher"}  # the others exchange
-CASES = [(world, layout, model) for world in LAYOUTS for layout in LAYOUTS[world] for model in MODELS]
+NAMES = [name for world in LAYOUTS for name in LAYOUTS[world]]
+CASES = [
+    *((layout, "adapters") for layout in NAMES),
+    *((layout, "first half") for layout in ("ddp", "fsdp", "fsdp, ep", "tp, ep", "pp")),
+    *((layout, "adapters and their MLP") for layout in ("ep", "fsdp, ep", "tp, ep", "fsdp, tp, ep, etp")),
+]
+RESUMED = [*((name, "adapters") for name in ("ddp", "fsdp, ep", "tp, etp", "pp")), ("pp", "first half")]
+OPTIMIZER = AdamW(lr=0.01, weight_decay=1.0, eps=1e-3)  # a small eps makes noise of gradients that are almost zero
 
 
 def config_of(model, layout=None):
@@ -66,13 +70,13 @@ def config_of(model, layout=None):
     }
 
 
-def prepare(process, config, layout, optimizer, precision="fp32", seed=0):
+def prepare(process, config, layout, precision="fp32", seed=0):
     plan, meshes, engine = ModelPlan.from_config(config), layout.resolve(process.world).meshes("cpu"), TorchEngine()
     with torch.device("meta"):
         parts = plan.make_parts(engine.schedule, "none", meshes)
     engine = engine.prepare(
         parts,
-        optimizer,
+        OPTIMIZER,
         process=process,
         meshes=meshes,
         plan=sharding_plan(parts),
@@ -120,28 +124,21 @@ def whole(engine, state):
 
 
 def results(process, model, layout, name=None):
-    config = config_of(model, name)
-    engine = prepare(process, config, layout, lambda module: torch.optim.SGD(module.parameters(), lr=0.5))
-    found = learn(engine)
-    found["weights"] = whole(engine, dict(engine.named_parameters()))
-    engine = prepare(process, config, layout, AdamW(lr=0.01, weight_decay=1.0))
-    found["initial"] = whole(engine, dict(engine.named_parameters()))
-    found["adamw"] = learn(engine)
-    found["state"] = whole(engine, engine.state_dict())
-    return found, engine
+    engine = prepare(process, config_of(model, name), layout)
+    initial = whole(engine, dict(engine.named_parameters()))
+    return {**learn(engine), "initial": initial, "state": whole(engine, engine.state_dict())}, engine
 
 
 def in_ranks(folder):
     folder = Path(folder)
     with running("cpu", timeout_s=60) as process:
         for name, layout in LAYOUTS[process.world].items():
-            for model in MODELS:
+            for model in [model for of, model in CASES if of == name]:
                 found, engine = results(process, model, layout, name)
-                if model in ("first half", "adapters") and name != "cp":
+                if (name, model) in RESUMED:
                     found["resumed"] = resume(process, engine, folder / f"{name}, {model}", layout, model, name)
                 if model == "adapters":
-                    half = prepare(process, config_of(model, name), layout, AdamW(lr=0.01), "bf16")
-                    found["bf16"] = learn(half, 1)
+                    found["bf16"] = learn(prepare(process, config_of(model, name), layout, precision="bf16"), 1)
                 if process.is_main:
                     torch.save(found, folder / f"{name}, {model}.pt")
 
@@ -149,10 +146,10 @@ def in_ranks(folder):
 def resume(process, engine, folder, layout, model, name):
     """Whether a run that stopped goes on as one that did not."""
     Checkpointer(folder, process=process).save(STEPS, engine.state_dict(), {})
-    on = learn(engine, 2, STEPS)
-    again = prepare(process, config_of(model, name), layout, AdamW(lr=0.01, weight_decay=1.0), seed=1)
+    on = learn(engine, 1, STEPS)
+    again = prepare(process, config_of(model, name), layout, seed=1)
     again.load(folder / f"step-{STEPS}")
-    resumed = learn(again, 2, STEPS)
+    resumed = learn(again, 1, STEPS)
     after, expected = whole(again, again.state_dict()), whole(engine, engine.state_dict())
     same = after.keys() == expected.keys() and all(torch.equal(after[key], expected[key]) for key in after)
     return same and resumed["loss"] == on["loss"] and resumed["norm"] == on["norm"]
@@ -168,28 +165,20 @@ def folder(tmp_path_factory, run_ranks):
 
 @pytest.fixture(scope="module")
 def alone():
-    memory = {}
-
-    def look_up(model):
-        if model not in memory:
-            memory[model] = results(Process(), model, Layout())[0]
-        return memory[model]
-
-    return look_up
+    return {model: results(Process(), model, Layout())[0] for model in MODELS}
 
 
-@pytest.mark.parametrize(("world", "layout", "model"), CASES)
-def test_learns_what_one_process_learns(folder, alone, world, layout, model):
-    here, there = torch.load(folder / f"{layout}, {model}.pt"), alone(model)
-    for key in ("loss", "norm", "gradients", "by_name", "weights", "initial", "state"):
-        assert not isinstance(here[key], dict) or here[key].keys() == there[key].keys()
-        torch.testing.assert_close(here[key], there[key], rtol=1e-4, atol=2e-5, msg=key)
-    for key in ("loss", "norm"):
-        torch.testing.assert_close(here["adamw"][key], there["adamw"][key], rtol=1e-4, atol=2e-5)
+@pytest.mark.parametrize(("layout", "model"), CASES)
+def test_learns_what_one_process_learns(folder, alone, layout, model):
+    here, there = torch.load(folder / f"{layout}, {model}.pt"), alone[model]
+    for key in ("loss", "norm", "gradients", "by_name", "initial", "state"):
+        if isinstance(there[key], dict):
+            assert here[key].keys() == there[key].keys()
+        torch.testing.assert_close(here[key], there[key], rtol=1e-4, atol=2e-5)
 
 
-@pytest.mark.parametrize(("world", "layout", "model"), CASES)
-def test_what_is_frozen_stays_bit_equal_without_gradient_or_state(folder, world, layout, model):
+@pytest.mark.parametrize(("layout", "model"), CASES)
+def test_what_is_frozen_stays_bit_equal_without_gradient_or_state(folder, layout, model):
     found = torch.load(folder / f"{layout}, {model}.pt")
     patterns, experts = MODELS[model]
     if experts is ADAPTERS:
@@ -200,32 +189,23 @@ def test_what_is_frozen_stays_bit_equal_without_gradient_or_state(folder, world,
     with_state = {key.removeprefix("optimizer.").rpartition(".")[0] for key in found["state"] if key[0] == "o"}
     assert with_state == names - frozen == found["gradients"].keys()
     for name in names:
-        stayed = torch.equal(found["state"][f"model.{name}"], found["initial"][name])
-        assert stayed == (name in frozen), name
-        assert torch.equal(found["weights"][name], found["initial"][name]) == (name in frozen), name
+        assert torch.equal(found["state"][f"model.{name}"], found["initial"][name]) == (name in frozen), name
 
 
-@pytest.mark.parametrize(
-    ("layout", "model"),
-    [
-        (name, model)
-        for world in LAYOUTS
-        for name in LAYOUTS[world]
-        for model in ("first half", "adapters")
-        if name != "cp"
-    ],
-)
+@pytest.mark.parametrize(("layout", "model"), RESUMED)
 def test_a_run_goes_on_from_its_checkpoint(folder, layout, model):
     assert torch.load(folder / f"{layout}, {model}.pt")["resumed"]
     saved = read_shapes(folder / f"{layout}, {model}" / f"step-{STEPS}")
-    assert not any(name.startswith("optimizer.") and ".ffn." in name for name in saved)
+    frozen = MODELS[model][0]
+    assert not any(
+        is_frozen(name.removeprefix("optimizer.").rpartition(".")[0], frozen) for name in saved if name[0] == "o"
+    )
 
 
-@pytest.mark.parametrize("layout", [name for world in LAYOUTS for name in LAYOUTS[world]])
-def test_adapters_in_bfloat16_have_the_same_first_loss_in_every_layout(folder, alone, layout):
-    found = torch.load(folder / f"{layout}, adapters.pt")
-    (here,), (single,) = found["bf16"]["loss"], alone("adapters")["adamw"]["loss"][:1]
-    assert abs(here - single) / single < 2e-2 and here != single
+@pytest.mark.parametrize("layout", NAMES)
+def test_adapters_in_bfloat16_have_the_loss_of_one_process(folder, alone, layout):
+    (here,), single = torch.load(folder / f"{layout}, adapters.pt")["bf16"]["loss"], alone["adapters"]["loss"][0]
+    assert 0 < abs(here - single) / single < 2e-2
 
 
 if __name__ == "__main__":

@@ -14,9 +14,17 @@ from scatterfold.moe.sharding import sharding_plan
 from scatterfold.moe.training.optimizers import AdamW
 from scatterfold.moe.training.router_statistics import RouterStatistics
 from scatterfold.parallel import Layout, Process
-from scatterfold.parallel.checkpoint import Checkpointer, checkpointer, load_weights, model_state, newest_checkpoint
+from scatterfold.parallel.checkpoint import (
+    Checkpointer,
+    checkpointer,
+    load,
+    model_state,
+    newest_checkpoint,
+    open_checkpoint,
+)
 from scatterfold.parallel.engines import TorchEngine
 from scatterfold.parallel.process import barrier, broadcast, gather, running, sum_over_ranks
+from scatterfold.parallel.shards import local_part
 
 pytestmark = [pytest.mark.distributed, pytest.mark.filterwarnings("ignore:torch.distributed is disabled")]
 
@@ -206,9 +214,13 @@ def read(folder, engine, process):
     """Model and optimizer, or the model alone, from what any layout wrote."""
     newest = broadcast(newest_checkpoint(folder))
     state = torch.load(folder.with_name(f"{folder.name} state.pt"))
-    engine.load_weights(newest)
+    engine.load_weights(open_checkpoint(newest, "model."), newest)
     assert not engine.optimizer.state
     same(weights(engine), {name: tensor for name, tensor in state.items() if name.startswith("model.")})
+    engine.load_optimizer(open_checkpoint(newest, "optimizer."), newest)
+    same(whole_state(engine), state)
+    for tensor in engine.state_dict().values():
+        local_part(tensor).zero_()
     engine.load(newest)
     same(whole_state(engine), state)
     if folder.name != "alone":
@@ -325,7 +337,7 @@ def test_one_process_reads_every_layout(folder, name):
         learn(engine, 2, STEPS)["loss"], torch.load(folder / "alone.pt")["after"], rtol=1e-4, atol=0
     )
     model = ModelPlan.from_config(CONFIG).make_model()
-    load_weights(folder / name / f"step-{STEPS}", model)
+    load(folder / name / f"step-{STEPS}", model_state(model))
     same(model_state(model), {name: tensor for name, tensor in state.items() if name.startswith("model.")})
 
 

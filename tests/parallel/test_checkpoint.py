@@ -25,9 +25,10 @@ from scatterfold.parallel.checkpoint import (
     checkpointer,
     checkpoints,
     find_checkpoint,
-    load_weights,
+    load,
     model_state,
     newest_checkpoint,
+    open_checkpoint,
     read_meta,
     read_shapes,
 )
@@ -158,10 +159,10 @@ class TestExact:
 
     def test_weights_alone(self, saved):
         model, trained = Net(seed=1), learn(engine_of(), 1)
-        load_weights(saved / "step-1", model)
+        load(saved / "step-1", model_state(model))
         same(model_state(model), model_state(trained.parts[0]))
         fresh = engine_of(seed=1)
-        fresh.load_weights(saved / "step-1")
+        fresh.load_weights(open_checkpoint(saved / "step-1", "model."), saved / "step-1")
         assert not fresh.optimizer.state
         same(model_state(fresh.parts[0]), model_state(trained.parts[0]))
 
@@ -429,7 +430,7 @@ class TestUntrusted:
         rewrite(saved / "step-2", ".metadata", pickle.dumps(Evil()))
         monkeypatch.setattr(os, "system", lambda command: ran.append(command))
         with pytest.raises(CheckpointError, match=r"\.metadata is damaged: it wants to load .*system"):
-            load_weights(saved / "step-2", Net())
+            load(saved / "step-2", model_state(Net()))
         assert ran == []
 
     def test_code_in_the_place_of_a_tensor_is_not_run(self, saved):
@@ -441,7 +442,7 @@ class TestUntrusted:
         rewrite(path, ".metadata", pickle.dumps(index))
         rewrite(path, "__0_0.distcp", content)
         with pytest.raises(CheckpointError, match="step-2 cannot be read"):
-            load_weights(path, Net())
+            load(path, model_state(Net()))
         assert not marker.exists()
 
     def test_pickled_objects_are_refused(self, saved):
@@ -450,14 +451,14 @@ class TestUntrusted:
         index.state_dict_metadata["model.first.weight"] = bytes_entry
         rewrite(saved / "step-2", ".metadata", pickle.dumps(index))
         with pytest.raises(CheckpointError, match="it wants to load .*BytesStorageMetadata"):
-            load_weights(saved / "step-2", Net())
+            load(saved / "step-2", model_state(Net()))
 
     def test_files_outside_of_the_folder_are_refused(self, saved):
         index = pickle.loads((saved / "step-2" / ".metadata").read_bytes())
         next(iter(index.storage_data.values())).relative_path = "../step-1/__0_0.distcp"
         rewrite(saved / "step-2", ".metadata", pickle.dumps(index))
         with pytest.raises(CheckpointError, match="it points outside of the folder, to ../step-1"):
-            load_weights(saved / "step-2", Net())
+            load(saved / "step-2", model_state(Net()))
 
 
 class TestFitting:

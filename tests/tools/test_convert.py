@@ -8,14 +8,14 @@ from scatterfold.moe.training.load import load_model
 
 
 def test_an_export_has_a_receipt_and_samples_like_the_run(scatterfold, tmp_path, finished_run):
-    words = [f"source={finished_run}", "to=safetensors", "json=receipt.json"]
+    words = [f"source={finished_run}", "to=scatterfold", "json=receipt.json"]
     outcome = scatterfold("convert", *words, "output=exports/one")
     assert outcome.code == 0 and not outcome.err
     receipt = json.loads((tmp_path / "receipt.json").read_text())
     parameters = sum(parameter.numel() for parameter in load_model(finished_run).model.parameters())
     assert receipt["step"] == 4 and receipt["parameters"] == parameters and receipt["dtype"] == "fp32"
     assert receipt["source"].endswith("checkpoints/step-4") and receipt["files"] == ["model.safetensors"]
-    assert f"{parameters:,} (fp32)" in outcome.out and "exports/one, model.safetensors" in outcome.out
+    assert f"{parameters:,} (fp32)" in outcome.out and "exports/one, scatterfold, model.safetensors" in outcome.out
     assert {path.name for path in (tmp_path / "exports" / "one").iterdir()} == {"model.safetensors", "scatterfold.json"}
     prompt = ["prompt=word", "max_tokens=6"]
     sampled = scatterfold("sample", "source=exports/one", *prompt)
@@ -23,16 +23,16 @@ def test_an_export_has_a_receipt_and_samples_like_the_run(scatterfold, tmp_path,
 
 
 def test_size_of_files_and_dtype(scatterfold, tmp_path, finished_run):
-    words = [f"source={finished_run}/checkpoints/step-2", "to=safetensors", "max_shard_bytes=9000", "dtype=bf16"]
+    words = [f"source={finished_run}/checkpoints/step-2", "to=scatterfold", "max_shard_bytes=9000", "dtype=bf16"]
     outcome = scatterfold("convert", *words, "output=out")
     assert outcome.code == 0 and "step 2" in outcome.out and "(bf16)" in outcome.out
     files = sorted((tmp_path / "out").glob("*.safetensors"))
-    assert len(files) > 1 and f"out, {len(files)} files" in outcome.out
+    assert len(files) > 1 and f"out, scatterfold, {len(files)} files" in outcome.out
     assert all(file.stat().st_size < 9000 + 2000 for file in files if len(load_file(file)) > 1)
 
 
 def test_training_begins_with_an_export(scatterfold, tiny, finished_run):
-    assert scatterfold("convert", f"source={finished_run}", "output=out", "to=safetensors").code == 0
+    assert scatterfold("convert", f"source={finished_run}", "output=out", "to=scatterfold").code == 0
     run = ["init_from=out", "trainer.steps=1", "run_dir=run", "logger.display=none"]
     assert scatterfold("train", *tiny, *run).code == 0
 
@@ -43,17 +43,17 @@ def test_what_is_wrong_is_one_line_and_leaves_nothing(scatterfold, tmp_path, fin
     before = sorted(tmp_path.rglob("*"))
     source = f"source={finished_run}"
     for words, expected in (
-        (["source=nowhere", "output=x", "to=safetensors"], "nowhere"),
-        (["source=full", "output=x", "to=safetensors"], "full holds no whole checkpoint"),
-        ([source, "output=full", "to=safetensors"], "output=full is not empty"),
-        ([source, "output=full/file", "to=safetensors"], "output=full/file is a file"),
-        ([source, "output=full/file/x", "to=safetensors"], "output=full/file/x"),
-        ([source, "output=x", "to=safetensor"], "did you mean safetensors?"),
+        (["source=nowhere", "output=x", "to=scatterfold"], "nowhere"),
+        (["source=full", "output=x", "to=scatterfold"], "full holds no model"),
+        ([source, "output=full", "to=scatterfold"], "output=full is not empty"),
+        ([source, "output=full/file", "to=scatterfold"], "output=full/file is a file"),
+        ([source, "output=full/file/x", "to=scatterfold"], "output=full/file/x"),
+        ([source, "output=x", "to=scaterfold"], "did you mean scatterfold?"),
         ([source, "output=x"], "to is missing"),
-        ([source, "output=x", "to=safetensors", "dtype=fp8"], "dtype=fp8"),
-        ([source, "output=x", "to=safetensors", "max_shard_bytes=0"], "max_shard_bytes=0"),
-        ([source, "output=x", "to=safetensors", "json=no/x.json"], "no/x.json"),
-        ([source, "output=/proc/x", "to=safetensors"], "output=/proc/x cannot be written"),
+        ([source, "output=x", "to=scatterfold", "dtype=fp8"], "dtype=fp8"),
+        ([source, "output=x", "to=scatterfold", "max_shard_bytes=0"], "max_shard_bytes=0"),
+        ([source, "output=x", "to=scatterfold", "json=no/x.json"], "no/x.json"),
+        ([source, "output=/proc/x", "to=scatterfold"], "output=/proc/x cannot be written"),
     ):
         outcome = scatterfold("convert", *words)
         assert outcome.code == 2, words

@@ -26,12 +26,18 @@ class Architecture(ABC):
             transformers takes where the file does not say. Keys that are in no architecture's defaults say nothing
             about the computation and go along unchanged.
         ignored: glob patterns of keys in the weights that hold nothing (buffers that old versions saved).
+        quantisations: values of quantization_config.quant_method whose weights it reads.
     """
 
     model_type: ClassVar[str]
     class_name: ClassVar[str]
     defaults: ClassVar[Mapping[str, Any]]
     ignored: ClassVar[Sequence[str]] = ("*.rotary_emb.inv_freq",)
+    quantisations: ClassVar[Sequence[str]] = ()
+
+    def ignores(self, hf: ConfigJson) -> Sequence[str]:
+        """Glob patterns of keys in the weights of this folder that are left unread."""
+        return self.ignored
 
     @abstractmethod
     def read_config(self, hf: ConfigJson) -> Groups:

@@ -66,8 +66,11 @@ def read_activation(hf: ConfigJson) -> str:
     return HIDDEN_ACTS[hf.only("hidden_act", *HIDDEN_ACTS) or "silu"]
 
 
-def write_decoder(model_type: str, plan: ModelPlan) -> dict[str, Any]:
+def write_decoder(model_type: str, plan: ModelPlan, hidden_act: str | None = None) -> dict[str, Any]:
     """Their keys of what `read_decoder` reads.
+
+    Args:
+        hidden_act: what the key of this name says; None for the name of our activation.
 
     Raises: Misfit for activations or a rotary embedding that they cannot say.
     """
@@ -80,7 +83,7 @@ def write_decoder(model_type: str, plan: ModelPlan) -> dict[str, Any]:
         "num_attention_heads": config.heads,
         "num_key_value_heads": config.num_kv_heads,
         "head_dim": config.head_size,
-        "hidden_act": hidden_activation(model_type, plan),
+        "hidden_act": hidden_act or hidden_activation(model_type, plan),
         "rms_norm_eps": config.norm_eps,
         "tie_word_embeddings": config.tie_embeddings,
         **write_rope(model_type, config),
@@ -116,12 +119,14 @@ def outer_rules(config: ModelConfig) -> tuple[list[TensorRule], list[TensorRule]
 
 
 def attention_rules(config: ModelConfig, layer: int) -> list[TensorRule]:
-    """Norms and grouped-query attention of one layer; norms of queries and keys where it has them."""
+    """Norms and grouped-query attention of one layer; norms of queries and keys, sinks where it has them."""
     ours, theirs = f"blocks.{layer}", f"model.layers.{layer}"
     rules = [same(f"{ours}.attention_norm.weight", f"{theirs}.input_layernorm.weight")]
     for name in ("q", "k", "v"):
         rules += linear(f"{ours}.attention.w{name}", f"{theirs}.self_attn.{name}_proj", config.attention_bias)
-    rules += linear(f"{ours}.attention.wo", f"{theirs}.self_attn.o_proj")
+    rules += linear(f"{ours}.attention.wo", f"{theirs}.self_attn.o_proj", config.attention_output_bias)
+    if config.attention_sinks:
+        rules.append(same(f"{ours}.attention.sinks", f"{theirs}.self_attn.sinks"))
     if config.qk_norm != "none":
         rules += [
             same(f"{ours}.attention.{name}.weight", f"{theirs}.self_attn.{name}.weight")

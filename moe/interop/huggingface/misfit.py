@@ -31,7 +31,12 @@ PLAIN_MODEL = {
     "qk_norm": "none",
     "attention_bias": False,
     "sliding_window": None,
+    "window_layers": None,
     "shared_expert_width": None,
+    "latent_attention": None,
+    "rotary_width": None,
+    "attention_sinks": False,
+    "attention_output_bias": False,
 }
 PLAIN_EXPERTS = {"bias": False}
 PLAIN_ROUTER = {  # of what training alone uses (losses, jitter, the capacity in training) there is nothing
@@ -49,6 +54,8 @@ def demand_model(model_type: str, plan: ModelPlan, **others: Any) -> None:
     Args:
         others: fields that may be anything but their value in `PLAIN_MODEL` (...), or must be this one.
     """
+    if not plan.is_moe:  # a dense model has nothing to share, whatever its config says
+        others["shared_expert_width"] = ...
     _demand(model_type, "model", lambda field: getattr(plan.config, field), {**PLAIN_MODEL, **others})
 
 

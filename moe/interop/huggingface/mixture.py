@@ -101,16 +101,20 @@ def routed_rules(
     num_experts = plan.config.num_experts
     modules = [f"{theirs}.{old}", f"{theirs}.mlp"][: 1 if old == "mlp" else 2]
     prefixes = [f"{module}.experts" for module in modules]
-    rules = [
+    return [
         same(f"{ours}.router.weight", f"{modules[0]}.gate.weight", fused=f"{theirs}.mlp.gate.weight"),
         gated_experts(f"{ours}.experts.w_in", prefixes, num_experts, *parts[:2]),
         stacked_experts(f"{ours}.experts.w_out", prefixes, num_experts, parts[2]),
+        *balance_rules(plan, layer),
     ]
-    if completed(TopKRouter, plan.router)[
-        "balance_global_batch"
-    ]:  # the load of the last step, which only training uses
-        rules.append(filled(f"{ours}.router.losses.balance_global_batch.load", (num_experts,), 1.0 / num_experts))
-    return rules
+
+
+def balance_rules(plan: ModelPlan, layer: int) -> list[TensorRule]:
+    """The load of the last step, which only training uses and they do not have."""
+    if not completed(TopKRouter, plan.router)["balance_global_batch"]:
+        return []
+    num_experts = plan.config.num_experts
+    return [filled(f"blocks.{layer}.mlp.router.losses.balance_global_batch.load", (num_experts,), 1.0 / num_experts)]
 
 
 def mixture_rules(

@@ -25,8 +25,9 @@ from .tokenizer import carried_files, read_tokenizer
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.msgpack", "*.h5")
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 # What changes the computation of every architecture alike, and that none of ours can do.
+_QUANTISED = "quantization_config"
 _REFUSED = {
-    "quantization_config": "null: weights that are not quantised",
+    _QUANTISED: "null: weights that are not quantised",
     "compression_config": "null: weights that are not quantised",
     "per_layer_config": "null: one config for all layers",
     "is_encoder_decoder": "false",
@@ -107,7 +108,7 @@ def read_tensors(
     for rule in rules:
         layout = _layout_of(rule, held)
         wanted = layout.write([LazyTensor(shapes[name], torch.float32, _unread) for name in rule.names])
-        theirs = [_checked(folder, key, held, blank.shape) for key, blank in zip(layout.keys, wanted, strict=True)]
+        theirs = [_checked(folder, key, held, blank) for key, blank in zip(layout.keys, wanted, strict=True)]
         used.update(layout.keys)
         try:
             tensors.update(zip(rule.names, layout.read(theirs), strict=True))
@@ -124,7 +125,7 @@ def read_tensors(
 
 def _architecture(hf: ConfigJson) -> Architecture:
     name = hf.get("model_type")
-    if name in ARCHITECTURES:
+    if isinstance(name, str) and name in ARCHITECTURES:
         return ARCHITECTURES[name]
     custom = ", and code that comes with a model (auto_map) is never run" if hf.get("auto_map") else ""
     raise hf.refusal("model_type", f"{', '.join(ARCHITECTURES)}{custom}")
@@ -132,10 +133,10 @@ def _architecture(hf: ConfigJson) -> Architecture:
 
 def _check_common(hf: ConfigJson, architecture: Architecture) -> None:
     for key, allowed in _REFUSED.items():
-        if hf.get(key):
+        if hf.get(key) and not (key == _QUANTISED and _quantisation(hf) in architecture.quantisations):
             raise hf.refusal(key, allowed)
     classes = hf.get("architectures") or []
-    if classes and not any(str(one).endswith("ForCausalLM") for one in classes):
+    if not isinstance(classes, list) or classes and not any(str(one).endswith("ForCausalLM") for one in classes):
         raise hf.refusal("architectures", architecture.class_name)
 
 
@@ -152,23 +153,31 @@ def _check_format(folder: Path) -> None:
 
 def _ignored(architecture: Architecture, hf: ConfigJson) -> list[str]:
     tied = ["lm_head.weight", "model.embed_tokens.weight"] if hf.flag("tie_word_embeddings") else []
-    return [*architecture.ignored, *tied]
+    return [*architecture.ignores(hf), *tied]
 
 
 def _layout_of(rule: TensorRule, held: Mapping[str, LazyTensor]) -> Layout:
     return next((one for one in rule.layouts if one.keys and one.keys[0] in held), rule.layouts[0])
 
 
-def _checked(folder: Path, key: str, held: Mapping[str, LazyTensor], shape: torch.Size) -> LazyTensor:
+def _quantisation(hf: ConfigJson) -> Any:
+    """The name of the method."""
+    described = hf.get(_QUANTISED)
+    return described.get("quant_method") if isinstance(described, Mapping) else None
+
+
+def _checked(folder: Path, key: str, held: Mapping[str, LazyTensor], blank: LazyTensor) -> LazyTensor:
+    """The tensor of a key, which must have the shape of `blank`, and its dtype if that is no floating-point one."""
     tensor = held.get(key)
     if tensor is None:
         raise CheckpointError(f"{folder} lacks {key}, allowed: a folder with all tensors of its architecture")
-    if tensor.shape != shape:
+    if tensor.shape != blank.shape:
         raise CheckpointError(
-            f"{folder}: {key} is {tuple(tensor.shape)}, allowed: {tuple(shape)}, which its {CONFIG} asks for"
+            f"{folder}: {key} is {tuple(tensor.shape)}, allowed: {tuple(blank.shape)}, which its {CONFIG} asks for"
         )
-    if tensor.dtype not in _FLOATS:
-        raise CheckpointError(f"{folder}: {key} is {tensor.dtype}, allowed: {', '.join(str(one) for one in _FLOATS)}")
+    dtypes = _FLOATS if blank.dtype.is_floating_point else (blank.dtype,)
+    if tensor.dtype not in dtypes:
+        raise CheckpointError(f"{folder}: {key} is {tensor.dtype}, allowed: {', '.join(str(one) for one in dtypes)}")
     return tensor
 
 

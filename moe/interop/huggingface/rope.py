@@ -44,10 +44,10 @@ def read_rope(hf: ConfigJson) -> dict[str, Any]:
     if not isinstance(given, Mapping):
         raise hf.refusal(key, "null or an object")
     kind = given.get("rope_type", given.get("type", "default")) or "default"
-    if kind not in _KNOWN or any(isinstance(value, Mapping) for value in given.values()):
+    if not isinstance(kind, str) or kind not in _KNOWN or any(isinstance(value, Mapping) for value in given.values()):
         raise hf.refusal(key, f"null, or one object for all layers with rope_type {', '.join(_KNOWN)}")
-    unknown = [name for name in given if name not in (*_KNOWN[kind], *_ANYWHERE)]
-    if unknown and given[unknown[0]] is not None and kind != "default":
+    unknown = [name for name in given if name not in (*_KNOWN[kind], *_ANYWHERE) and given[name] is not None]
+    if unknown and kind != "default":
         raise hf.refusal(key, f"with rope_type={kind}, these: {', '.join(_KNOWN[kind])}; not {unknown[0]}")
     rope = ConfigJson(hf.file, {name: value for name, value in given.items() if value is not None}, hf)
     length = hf.whole("max_position_embeddings", 1)

@@ -21,7 +21,10 @@ from .misfit import Misfit
 from .tokenizer import TOKENIZER, write_tokenizer
 
 # Keys of a config.json that do not go along: they describe the file they came from, or what its class is.
-_OWN = ("architectures", "model_type", "auto_map", "torch_dtype", "dtype", "initializer_range", "_name_or_path")
+_OWN = (
+    *("architectures", "model_type", "auto_map", "torch_dtype", "dtype", "initializer_range", "_name_or_path"),
+    "quantization_config",  # what is written is not quantised
+)
 
 
 def choose_architecture(groups: Mapping[str, Any], preferred: str | None = None) -> Architecture:

@@ -7,8 +7,11 @@ import torch
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 
+from scatterfold.moe.build import ModelPlan
+from scatterfold.moe.interop import StoredModel
 from scatterfold.moe.training.run import train
 from scatterfold.parallel.checkpoint import read_shapes
+from scatterfold.parallel.checkpoint.lazy import in_memory
 
 
 @pytest.fixture(scope="session")
@@ -81,6 +84,31 @@ def read_with_torch(checkpoint, kind="model."):
     state = {name: torch.empty(shape) for name, shape in shapes.items()}
     dcp_load(state, checkpoint_id=checkpoint, no_dist=True)
     return {name.removeprefix(kind): tensor for name, tensor in state.items()}
+
+
+@pytest.fixture(scope="session")
+def mixture():
+    """A model in memory that every format can hold: Mixtral's."""
+    config = {
+        "model": {
+            "vocab_size": 61,
+            "layers": 2,
+            "width": 16,
+            "heads": 4,
+            "kv_heads": 2,
+            "head_width": 4,
+            "expert_width": 12,
+            "num_experts": 4,
+            "max_positions": 64,
+        },
+        "router": {"_target_": "scatterfold.moe.routers.TopKRouter", "top_k": 2, "renormalise": True},
+        "experts": {"_target_": "scatterfold.moe.Experts"},
+        "dispatcher": {"_target_": "scatterfold.parallel.dispatchers.LocalDispatcher"},
+    }
+    model = ModelPlan.from_config(config).make_model()
+    model.reset_parameters(3)
+    tensors = {name: in_memory(tensor.detach()) for name, tensor in model.state_dict().items()}
+    return StoredModel(Path("memory"), "checkpoint", config, tensors, step=7)
 
 
 @pytest.fixture(scope="session")

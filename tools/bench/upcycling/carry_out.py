@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import yaml
@@ -27,16 +27,14 @@ class Stopped(Exception):
     """A signal stopped a run; it is saved, and the same command goes on."""
 
 
-def carry_out(
-    experiment: Experiment, seeds: tuple[int, ...], arms: tuple[str, ...], say: Callable[[str], None]
-) -> None:
+def carry_out(experiment: Experiment, planned: Sequence[Sequence[Run]], say: Callable[[str], None]) -> None:
     """Train every run that has not finished, one after the other.
 
-    Raises: ConfigError, before anything is trained, if a folder holds a run of another configuration; Stopped.
+    Args:
+        planned: of each seed the dense training, and what follows it, the longest run of each arm first.
+
+    Raises: Stopped.
     """
-    planned = [[experiment.base(seed), *(run for arm in arms for run in experiment.runs(arm, seed))] for seed in seeds]
-    for run in (run for of_seed in planned for run in of_seed):
-        check_same(run)
     total, done = sum(map(len, planned)), 0
     for base, *runs in planned:
         for run in (base, *runs):

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MultipleLocator
 
 from .arms import ARMS, DENSE, FINE_GRAINED, SCRATCH, SCRATCH_FINE, SPARSE
+from .plan import BASE
 from .results import gains, mean_curve, of_arm
 
 # Okabe and Ito's colours that people who confuse colours can tell apart, and a mark and a line for each arm besides.
@@ -27,13 +28,12 @@ STYLES = {
 
 def save_figure(records: Sequence[dict[str, Any]], arms: Sequence[str], path: Path) -> Path:
     """Draw the PNG; returns its path."""
-    figure = Figure(figsize=(13, 5.6), dpi=130, layout="constrained")
-    curves, ends = figure.subplots(1, 2, width_ratios=(1.35, 1))
+    figure = Figure(figsize=(13, 5.8), dpi=130, layout="constrained")
+    curves, ends = figure.subplots(1, 2, width_ratios=(1.3, 1))
     for arm in arms:
         _draw_curves(curves, records, arm)
-        _draw_gains(ends, records, arm)
+    _draw_gains(ends, records, arms)
     _finish_curves(curves, records, arms)
-    _finish_gains(ends)
     handles, labels = curves.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)), frameon=False)
     FigureCanvasAgg(figure).print_png(str(path))
@@ -41,65 +41,80 @@ def save_figure(records: Sequence[dict[str, Any]], arms: Sequence[str], path: Pa
 
 
 def _draw_curves(axes: Axes, records: Sequence[dict[str, Any]], arm: str) -> None:
-    """The longest run whole, of the others what they do not share with it."""
+    """Of the longest run what it does at the peak rate, of every run how it decays."""
     color, mark, line = STYLES[arm]
     runs = of_arm(records, arm)
-    if not runs:
-        return
     whole = of_arm(records, arm, total=True) or runs
-    _, entries = list(whole.items())[-1]
-    x, y = mean_curve(entries, min(entries[0]["stable_until"], max(runs)))
-    axes.plot(x, y, color=color, linestyle=line, linewidth=1.6)
-    low, high = _range(entries, x)
-    axes.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0)
+    start = _start(records) if ARMS[arm].continues else None
+    if runs:
+        entries = list(whole.values())[-1]
+        x, y, low, high = _over_seeds(entries, min(entries[0]["stable_until"], max(runs)))
+        if start is not None:
+            x, y, low, high = (np.append(point, rest) for point, rest in zip((0.0, *start), (x, y, low, high)))
+        axes.plot(x, y, color=color, linestyle=line, linewidth=1.7)
+        axes.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0)
     for entries in runs.values():
-        tail_x, tail_y = mean_curve(entries)
-        start = tail_x >= entries[0]["stable_until"] - (tail_x[1] - tail_x[0] if len(tail_x) > 1 else 0) - 1e-9
-        axes.plot(tail_x[start], tail_y[start], color=color, linestyle=line, linewidth=0.9, alpha=0.75)
-        axes.plot(tail_x[-1], tail_y[-1], color=color, marker=mark, markersize=6.5, linestyle="", zorder=4)
+        x, y, *_ = _over_seeds(entries)
+        if len(x):
+            first = max(0, int(np.searchsorted(x, entries[0]["stable_until"] + 1e-9)) - 1)
+            axes.plot(x[first:], y[first:], color=color, linestyle=line, linewidth=0.9, alpha=0.75)
+            axes.plot(x[-1], y[-1], color=color, marker=mark, markersize=6.5, linestyle="", zorder=4)
     axes.plot([], [], color=color, marker=mark, linestyle=line, label=ARMS[arm].label)
 
 
-def _range(entries: Sequence[dict[str, Any]], x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _over_seeds(entries: Sequence[dict[str, Any]], until: float | None = None) -> tuple[np.ndarray, ...]:
+    """x, and mean, least and most over seeds."""
+    x, y = mean_curve(entries, until)
+    if not len(x):
+        return x, y, y, y
     values = np.stack([np.asarray(entry["curve"])[: len(x), 1] for entry in entries])
-    return values.min(axis=0), values.max(axis=0)
+    return x, y, values.min(axis=0), values.max(axis=0)
 
 
-def _draw_gains(axes: Axes, records: Sequence[dict[str, Any]], arm: str) -> None:
-    color, mark, line = STYLES[arm]
-    found = {} if arm == DENSE else gains(records, arm)
-    if not found:
-        return
-    budgets, spreads = list(found), list(found.values())
-    means, errors = [spread.mean for spread in spreads], [spread.std or 0.0 for spread in spreads]
-    axes.errorbar(budgets, means, errors, color=color, marker=mark, linestyle=line, markersize=6.5, capsize=3)
+def _start(records: Sequence[dict[str, Any]]) -> tuple[float, float, float] | None:
+    """Where the dense training ends: mean, least and most."""
+    ends = [entry["curve"][-1][1] for entry in records if entry["arm"] == BASE and entry["curve"]]
+    return (float(np.mean(ends)), min(ends), max(ends)) if ends else None
 
 
 def _finish_curves(axes: Axes, records: Sequence[dict[str, Any]], arms: Sequence[str]) -> None:
-    """Show what differs: a run from scratch begins far above."""
-    continued = [entry for entry in records if entry["arm"] in arms and ARMS[entry["arm"]].continues]
-    values = [y for entry in continued for _, y in entry["curve"]]
-    ends = [entry["curve"][-1][1] for entry in records if entry["arm"] in arms and entry["curve"]]
+    """Show what differs: a run from scratch begins far above, and ends in sight."""
+    shown = [(entry, y) for entry in records if entry["arm"] in arms for _, y in entry["curve"]]
+    values = [y for entry, y in shown if ARMS[entry["arm"]].continues]
+    values += [entry["curve"][-1][1] for entry, _ in shown if not entry["total"]]
+    if start := _start(records):
+        values.append(start[2])
     if values:
-        low, high = min(ends), max(*values, *ends)
-        axes.set_ylim(low - 0.06 * (high - low), high + 0.06 * (high - low))
+        margin = 0.05 * (max(values) - min(values))
+        axes.set_ylim(min(values) - margin, max(values) + margin)
     axes.set_xlim(left=0)
-    axes.set_xlabel("extra training FLOPs, in those of the dense training")
-    axes.set_ylabel("validation bits per byte, on the sample of every evaluation")
-    _finish(axes, "Lines: at the peak rate; thin: as it decays; marks: the end")
+    axes.set_ylabel("validation bits per byte, sample of each evaluation")
+    _finish(axes, "Training at the peak rate; thin: as it decays; mark: its end")
 
 
-def _finish_gains(axes: Axes) -> None:
-    color, mark, _ = STYLES[DENSE]
-    axes.axhline(0, color=color, linewidth=1.4)
+def _draw_gains(axes: Axes, records: Sequence[dict[str, Any]], arms: Sequence[str]) -> None:
+    found = {arm: gains(records, arm) for arm in arms if arm != DENSE}
+    near = [spread for arm, spreads in found.items() if ARMS[arm].continues for spread in spreads.values()]
+    reach = max((abs(spread.mean) + (spread.std or 0.0) for spread in near), default=1.0) * 1.3 or 1.0
+    axes.axhline(0, color=STYLES[DENSE][0], linewidth=1.4)
+    for arm, spreads in found.items():
+        color, mark, line = STYLES[arm]
+        means, errors = [s.mean for s in spreads.values()], [s.std or 0.0 for s in spreads.values()]
+        axes.errorbar(list(spreads), means, errors, color=color, marker=mark, linestyle=line, markersize=6.5, capsize=3)
+        for budget, mean in zip(spreads, means):
+            if abs(mean) > reach:  # too far away to show to scale beside the others
+                at = (budget, reach * 0.94 * np.sign(mean))
+                axes.plot(*at, color=color, marker="^" if mean > 0 else "v", markersize=6.5)
+                axes.annotate(f"{mean:+.3f}", at, xytext=(-7, 0), textcoords="offset points", ha="right", va="center")
+    axes.set_ylim(-reach, reach)
     axes.set_xlim(left=0)
     axes.xaxis.set_major_locator(MultipleLocator(0.25))
-    axes.set_xlabel("extra training FLOPs, in those of the dense training")
     axes.set_ylabel("bits per byte below the dense model, continued")
-    _finish(axes, "At the end, on all of the validation text; above 0: better than dense")
+    _finish(axes, "At the end, on all validation text; above 0: better")
 
 
 def _finish(axes: Axes, title: str) -> None:
     axes.set_title(title, fontsize=10.5, fontweight="bold", loc="left")
+    axes.set_xlabel("extra training FLOPs, in those of the dense training")
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)

@@ -37,13 +37,13 @@ def tables(whole: dict[str, Any]) -> str:
 def _conditions(whole: dict[str, Any]) -> str:
     where, settings = whole["conditions"], whole["settings"]
     base = next(iter(whole["results"]["dense_training"].values()))
-    return (
+    said = (
         f"`{whole['command']}` on {where['device']}, torch {where['torch']}, Python {where['python']}; "
         f"seeds {', '.join(map(str, settings['seeds']))}. The dense model, trained for {settings['steps']:,} steps of "
         f"{settings['tokens_per_step']:,} tokens at a rate that does not decay, stands at {_figure(base)} bits per "
-        "byte when it is continued or upcycled. Bits per byte of the whole validation text; mean ± standard deviation "
-        "over seeds."
+        "byte when it is continued or upcycled. Bits per byte of the whole validation text"
     )
+    return f"{said}; mean ± standard deviation over seeds." if base["std"] is not None else f"{said}."
 
 
 def _results(whole: dict[str, Any]) -> str:
@@ -89,10 +89,10 @@ def _pays(whole: dict[str, Any]) -> str:
 
 
 def _models(whole: dict[str, Any]) -> str:
-    rows = [["model", "parameters", "active for a token", "training GFLOPs per token ×", "steps"]]
+    rows = [["model", "parameters", "active for a token", "training MFLOPs per token", "steps"]]
     dense = whole["models"][DENSE]["flops_per_token"]
     for arm, model in whole["models"].items():
-        ratio = f"{model['flops_per_token'] / 1e9:.5f} ({model['flops_per_token'] / dense:.3f} of dense)"
+        ratio = f"{model['flops_per_token'] / 1e6:.3f} ({model['flops_per_token'] / dense:.3f} of dense)"
         steps = ", ".join(f"{count:,}" for count in model["steps"])
         rows.append([ARMS[arm].label, f"{model['parameters']:,}", f"{model['active']:,}", ratio, steps])
     return _table(rows)

@@ -93,6 +93,10 @@ class Experiment:
             budgets.append((1.0 + max(self.extra), True))
         return [self._arm_run(name, arm, seed, budget, total) for budget, total in sorted(budgets, reverse=True)]
 
+    def successors(self, arms: Sequence[str], seed: int) -> list[Run]:
+        """The runs of several arms, those of one arm beside each other."""
+        return [run for name in arms for run in self.runs(name, seed)]
+
     def start(self, name: str, seed: int) -> Path:
         """Where the weights that an arm begins with lie."""
         return self.output / f"seed-{seed}" / name / "start"

@@ -18,7 +18,7 @@ from ...request import Request
 from ...train import checked
 from ..kernels.report import make_folder
 from .arms import ARMS, DEFAULT_ARMS, DENSE
-from .carry_out import Stopped, carry_out
+from .carry_out import Stopped, carry_out, check_same
 from .page import write_page
 from .plan import Experiment, Run
 from .results import record, summarise
@@ -34,15 +34,19 @@ OWN = ("seed", "run_dir", "resume", "init_from", "experiment", "schedule", "laun
 
 def run(settings: Upcycling) -> int:
     """Train, measure, write; returns the exit code."""
-    arms, experiment = settings.arms or DEFAULT_ARMS, experiment_of(settings)
+    arms = settings.arms or DEFAULT_ARMS
     check(settings, arms)
+    experiment = experiment_of(settings)
+    planned = [[experiment.base(seed), *experiment.successors(arms, seed)] for seed in settings.seeds]
+    for run in (run for of_seed in planned for run in of_seed):
+        check_same(run)
     make_folder(settings.output)
     try:
-        carry_out(experiment, settings.seeds, arms, say)
+        carry_out(experiment, planned, say)
     except Stopped:
         say("stopped and saved; the same command goes on from there")
         return 0
-    for path in write(settings, experiment, arms):
+    for path in write(settings, experiment, arms, [run for of_seed in planned for run in of_seed]):
         print(f"written: {path}")
     return 0
 
@@ -79,13 +83,12 @@ def check(settings: Upcycling, arms: tuple[str, ...]) -> None:
         raise ConfigError(f"extra={wrong[0]:g} is no budget, allowed: above 0")
 
 
-def write(settings: Upcycling, experiment: Experiment, arms: tuple[str, ...]) -> list[Path]:
+def write(settings: Upcycling, experiment: Experiment, arms: tuple[str, ...], runs: list[Run]) -> list[Path]:
     """Write upcycling.json, upcycling.png and README.md; returns their paths."""
     from .figure import save_figure
 
     output, seeds = settings.output, settings.seeds
     base = experiment.base(seeds[0])
-    runs = [run for seed in seeds for run in all_runs(experiment, arms, seed)]
     records = [record(run, base.flops) for run in runs]
     whole = {
         "format": FORMAT,
@@ -111,10 +114,6 @@ def write(settings: Upcycling, experiment: Experiment, arms: tuple[str, ...]) ->
     write_atomically(output / "upcycling.json", json.dumps(whole, indent=1) + "\n")
     figure = save_figure(records, arms, output / "upcycling.png")
     return [output / "upcycling.json", figure, write_page(whole, output / "README.md")]
-
-
-def all_runs(experiment: Experiment, arms: tuple[str, ...], seed: int) -> list[Run]:
-    return [experiment.base(seed), *(run for arm in arms for run in experiment.runs(arm, seed))]
 
 
 def describe(runs: list[Run]) -> dict[str, Any]:

@@ -50,7 +50,6 @@ QWEN_MOE_DEFAULTS = {
     "max_position_embeddings": 32768,
     "use_sliding_window": False,
     "sliding_window": 4096,
-    "max_window_layers": 28,
     "layer_types": None,
     "norm_topk_prob": False,
 }
@@ -66,6 +65,7 @@ class Qwen2Moe(Architecture):
         "num_experts_per_tok": 4,
         "shared_expert_intermediate_size": 5632,
         "qkv_bias": True,
+        "max_window_layers": 28,
         ZERO_EXPERT: False,
         NO_GATE: False,
     }

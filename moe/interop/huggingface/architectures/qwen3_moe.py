@@ -25,14 +25,14 @@ class Qwen3Moe(Architecture):
         "num_attention_heads": 32,
         "num_key_value_heads": 4,
         "moe_intermediate_size": 768,
-        "num_local_experts": 128,
+        "num_experts": 128,
         "num_experts_per_tok": 8,
         "attention_bias": False,
     }
 
     def read_config(self, hf: ConfigJson) -> Groups:
         hf.only("attention_bias", False)
-        model = {**read_qwen_moe(hf), "num_experts": read_num_experts(hf, "num_local_experts"), "qk_norm": "head"}
+        model = {**read_qwen_moe(hf), "num_experts": read_num_experts(hf, "num_experts"), "qk_norm": "head"}
         model |= read_switched_window(hf, [True] * model["layers"])
         return mixture_groups(model, read_router(hf, hf.flag("norm_topk_prob")))
 

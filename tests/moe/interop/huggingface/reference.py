@@ -33,7 +33,10 @@ YARN = {"rope_type": "yarn", "rope_theta": 5000.0, "factor": 4.0, "original_max_
 WINDOW = {"use_sliding_window": True, "sliding_window": 7}
 CASES = {
     "llama": ("llama", {"intermediate_size": 48}),
-    "llama, tied, other head width": ("llama", {"head_dim": 16, "tie_word_embeddings": True, "rope_parameters": LLAMA3}),
+    "llama, tied, other head width": (
+        "llama",
+        {"head_dim": 16, "tie_word_embeddings": True, "rope_parameters": LLAMA3},
+    ),
     "llama, all heads alike, gelu, linear rope": (
         "llama",
         {
@@ -78,6 +81,58 @@ CASES = {
     "olmoe": ("olmoe", {"num_experts": 6, "num_experts_per_tok": 3}),
     "olmoe, renormalised": ("olmoe", {"num_experts": 6, "num_experts_per_tok": 2, "norm_topk_prob": True}),
 }
+LATENT = {
+    **{"kv_lora_rank": 12, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 10, "num_key_value_heads": 4},
+    **{"num_hidden_layers": 3, "first_k_dense_replace": 1, "n_routed_experts": 8, "num_experts_per_tok": 3},
+    "moe_intermediate_size": 20,
+}
+DEEP_YARN = {**YARN, "mscale": 1.0, "mscale_all_dim": 0.7}
+GLM = {
+    **{"num_hidden_layers": 3, "n_routed_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 20},
+    "head_dim": 8,
+}
+GPT = {"head_dim": 8, "num_local_experts": 6, "num_experts_per_tok": 3, "sliding_window": 5, "num_hidden_layers": 3}
+CASES |= {
+    "deepseek_v2": ("deepseek_v2", {**LATENT, "q_lora_rank": 16}),
+    "deepseek_v2, lite, yarn": ("deepseek_v2", {**LATENT, "q_lora_rank": None, "rope_parameters": DEEP_YARN}),
+    "deepseek_v2, groups, biases": (
+        "deepseek_v2",
+        {
+            **{**LATENT, "q_lora_rank": 16, "attention_bias": True, "first_k_dense_replace": 0},
+            **{"topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2, "routed_scaling_factor": 1.7},
+        },
+    ),
+    "deepseek_v3": ("deepseek_v3", {**LATENT, "q_lora_rank": 16, "n_group": 4, "topk_group": 2}),
+    "deepseek_v3, halves, not renormalised, yarn, biases": (
+        "deepseek_v3",
+        {
+            **{**LATENT, "q_lora_rank": None, "n_group": 1, "topk_group": 1, "rope_interleave": False},
+            **{"norm_topk_prob": False, "n_shared_experts": 2, "attention_bias": True, "rope_parameters": DEEP_YARN},
+        },
+    ),
+    "glm4_moe": ("glm4_moe", GLM),
+    "glm4_moe, norms, biases, groups, all of a head turns": (
+        "glm4_moe",
+        {
+            **{**GLM, "use_qk_norm": True, "attention_bias": True, "n_group": 2, "topk_group": 1},
+            **{"partial_rotary_factor": 1.0, "routed_scaling_factor": 2.5, "n_shared_experts": 2},
+        },
+    ),
+    "glm4_moe, a quarter turns, yarn": (
+        "glm4_moe",
+        {**GLM, "num_hidden_layers": 2, "rope_parameters": {**YARN, "partial_rotary_factor": 0.25}},
+    ),
+    "gpt_oss": ("gpt_oss", GPT),
+    "gpt_oss, no biases, its own windows and rope": (
+        "gpt_oss",
+        {
+            **{**GPT, "attention_bias": False, "tie_word_embeddings": True, "rope_parameters": LLAMA3},
+            "layer_types": ["full_attention", "full_attention", "sliding_attention"],
+        },
+    ),
+    "gpt_oss, no windows": ("gpt_oss", {**GPT, "layer_types": ["full_attention"] * 3}),
+    "gpt_oss, windows everywhere": ("gpt_oss", {**GPT, "layer_types": ["sliding_attention"] * 3}),
+}
 CLASSES = {
     "llama": "Llama",
     "mistral": "Mistral",
@@ -87,6 +142,10 @@ CLASSES = {
     "qwen2_moe": "Qwen2Moe",
     "qwen3_moe": "Qwen3Moe",
     "olmoe": "Olmoe",
+    "deepseek_v2": "DeepseekV2",
+    "deepseek_v3": "DeepseekV3",
+    "glm4_moe": "Glm4Moe",
+    "gpt_oss": "GptOss",
 }
 
 
@@ -100,6 +159,9 @@ def make(model_type, dtype=torch.float32, **settings):
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.normal_(1.0 if "norm" in name else 0.0, 0.3, generator=generator)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.normal_(0.0, 0.3, generator=generator)
     return model.to(dtype)
 
 
@@ -151,7 +213,7 @@ def assert_same_model(theirs, ours, limit=LIMIT):
     tokens = torch.randint(0, VOCABULARY, (2, 24), generator=torch.Generator().manual_seed(1))
     chosen, hooks = {"theirs": [], "ours": []}, []
     for module in theirs.modules():
-        if type(module).__name__.endswith("TopKRouter"):
+        if type(module).__name__.lower().endswith("topkrouter"):
             hooks.append(module.register_forward_hook(lambda _, __, out: chosen["theirs"].append(_one_hot(out[2]))))
     for _, layer in ours.moe_layers():
         hooks.append(layer.router.register_forward_hook(lambda _, __, out: chosen["ours"].append(_table(out.routing))))
