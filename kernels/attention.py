@@ -21,9 +21,9 @@ from itertools import groupby
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from .sdpa import causal_mask, repeat_heads, sdpa, widened, with_past
 from .untraced import untraced
 
 varlen_attn: Any = None
@@ -148,7 +148,7 @@ def attention(
     if v.shape[-1] < q.shape[-1]:
         return attention(q, k, widened(v, q.shape[-1]), cu_seqlens, window, sinks)[..., : v.shape[-1]]
     if k.shape[1] != length:
-        return _with_past(q, k, v, window, sinks)
+        return with_past(q, k, v, window, sinks)
     documents = cu_seqlens
     if not isinstance(documents, Documents):
         documents = Documents.of(documents, rows, length, q.device)
@@ -156,7 +156,7 @@ def attention(
         window = None
     if documents is None:
         if window is None:
-            return _sdpa(q, k, v, is_causal=True, sinks=sinks)
+            return sdpa(q, k, v, is_causal=True, sinks=sinks)
         documents = Documents.rows(rows, length, q.device)
     shape = q.shape
     q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
@@ -167,70 +167,6 @@ def attention(
     else:
         out = _flex(q, k, v, documents.block_mask(window), sinks)
     return out.view(shape)
-
-
-def widened(v: Tensor, width: int) -> Tensor:
-    """Values with zeros behind them: the fast kernels take keys and values of one width."""
-    return F.pad(v, (0, width - v.shape[-1]))
-
-
-def _sdpa(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None = None,
-    is_causal: bool = False,
-    sinks: Tensor | None = None,
-    scale: float | None = None,
-) -> Tensor:
-    """(B, S, H, W), (B, P, G, W) -> (B, S, H, W)."""
-    if sinks is not None:
-        return _sdpa_with_sinks(q, k, v, mask, is_causal, sinks)
-    grouped = q.shape[2] != k.shape[2]
-    if grouped and q.is_cuda and q.dtype == torch.float32:  # only the kernels for half precision know groups there
-        k, v, grouped = _repeat_heads(k, q.shape[2]), _repeat_heads(v, q.shape[2]), False
-    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    options: dict[str, Any] = {} if scale is None else {"scale": scale}
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, enable_gqa=grouped, **options)
-    return out.transpose(1, 2)
-
-
-def _sdpa_with_sinks(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, sinks: Tensor) -> Tensor:
-    """A sink is a token before the first, which every query sees and whose value is zero.
-
-    Its logit depends on the query head, of which several may share a key: so the logit is one more channel of the
-    queries, in which that token's key is one and all others are zero. Under a causal mask it has a query too.
-    """
-    width, scale = q.shape[-1], q.shape[-1] ** -0.5
-    more = 8 if q.is_cuda else 1  # channels: there the fast kernels want multiples of 8
-    logit = (sinks / scale).to(q.dtype)[:, None].expand(*q.shape[:-1], 1)
-    q = F.pad(torch.cat((q, logit), -1), (0, more - 1, 0, 0, int(is_causal), 0))
-    k, v = F.pad(k, (0, more, 0, 0, 1, 0)), F.pad(v, (0, more, 0, 0, 1, 0))
-    k[:, 0, :, width] = 1.0
-    if mask is not None:
-        mask = F.pad(mask, (1, 0), value=True)
-    return _sdpa(q, k, v, mask, is_causal, scale=scale)[:, int(is_causal) :, :, :width]
-
-
-def _repeat_heads(x: Tensor, heads: int) -> Tensor:
-    return x.repeat_interleave(heads // x.shape[-2], dim=-2)
-
-
-def _with_past(q: Tensor, k: Tensor, v: Tensor, window: int | None, sinks: Tensor | None) -> Tensor:
-    new, total = q.shape[1], k.shape[1]
-    if new == 1:
-        if window is not None:
-            k, v = k[:, -window:], v[:, -window:]
-        return _sdpa(q, k, v, sinks=sinks)
-    return _sdpa(q, k, v, mask=_causal_mask(new, total, window, q.device), sinks=sinks)
-
-
-def _causal_mask(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:
-    """(queries, keys) bool, True where a query sees a key; the last query is at the last key."""
-    query = torch.arange(keys - queries, keys, device=device)[:, None]
-    key = torch.arange(keys, device=device)
-    seen = query >= key
-    return seen if window is None else seen & (query - key < window)
 
 
 @untraced  # every batch has other lengths: a trace would be made anew each time
@@ -246,10 +182,10 @@ def _document_by_document(
     for (count, length), *run in zip(plan.runs, q.split(sizes), k.split(sizes), v.split(sizes)):
         q_run, k_run, v_run = (x.unflatten(0, (count, length)) for x in run)
         if window is None or window >= length:
-            out_run = _sdpa(q_run, k_run, v_run, is_causal=True, sinks=sinks)
+            out_run = sdpa(q_run, k_run, v_run, is_causal=True, sinks=sinks)
         else:
-            mask = _causal_mask(length, length, window, q.device)
-            out_run = _sdpa(q_run, k_run, v_run, mask=mask, sinks=sinks)
+            mask = causal_mask(length, length, window, q.device)
+            out_run = sdpa(q_run, k_run, v_run, mask=mask, sinks=sinks)
         out.append(out_run.flatten(0, 1))
     joined = torch.cat(out)
     return joined if plan.order is None else _Permute.apply(joined, plan.restore, plan.order)
@@ -293,7 +229,7 @@ def _varlen_call(
         if "enable_gqa" in _VARLEN_KEYWORDS:
             options["enable_gqa"] = True
         else:
-            k, v = _repeat_heads(k, q.shape[1]), _repeat_heads(v, q.shape[1])
+            k, v = repeat_heads(k, q.shape[1]), repeat_heads(v, q.shape[1])
     return varlen_attn(q, k, v, *cu_seqlens, *longest, **options)
 
 

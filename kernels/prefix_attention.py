@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .attention import _causal_mask, _flex, _Permute, _sdpa, _varlen_call, _varlen_serves, widened
+from .attention import _flex, _Permute, _varlen_call, _varlen_serves
+from .sdpa import causal_mask, sdpa, widened
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,10 +93,10 @@ def _piece_by_piece(
         k_run, v_run = k_run.unflatten(0, (count, keys)), v_run.unflatten(0, (count, keys))
         hidden_by_window = window is not None and window < keys
         if queries == keys and not hidden_by_window:
-            out_run = _sdpa(q_run, k_run, v_run, is_causal=True, sinks=sinks)
+            out_run = sdpa(q_run, k_run, v_run, is_causal=True, sinks=sinks)
         else:
-            mask = _causal_mask(queries, keys, window if hidden_by_window else None, q.device)
-            out_run = _sdpa(q_run, k_run, v_run, mask=mask, sinks=sinks)
+            mask = causal_mask(queries, keys, window if hidden_by_window else None, q.device)
+            out_run = sdpa(q_run, k_run, v_run, mask=mask, sinks=sinks)
         out.append(out_run.flatten(0, 1))
     return torch.cat(out)
 

@@ -72,7 +72,7 @@ def usage(command: type) -> str:
             text += f" ({', '.join(field.metadata['choices'])})"
         if field.default is dataclasses.MISSING:
             text += " [must be given]"
-        elif field.default not in (None, ""):
+        elif field.default not in (None, "", ()):
             text += f" [{str(field.default).lower() if isinstance(field.default, bool) else field.default}]"
         lines.append(f"  {field.name:<{width}}  {text}")
     return "\n".join([*lines, "", "Example:", f"  {command.EXAMPLE}"])  # type: ignore[attr-defined]

@@ -15,6 +15,7 @@ COMMANDS = {
     "data": "prepare text corpora",
     "convert": "write a trained model in another format",
     "upcycle": "make a mixture of experts from a dense model",
+    "experts": "prune, merge or grow the experts of a model",
     "layout": "show which rank is where, and what its groups communicate",
     "launch": "start several ranks on one machine or many, or write a SLURM script",
     "sweep": "report on the trials of a sweep",

@@ -76,14 +76,15 @@ def _convert(settings: Convert) -> WriteReceipt:
     from dataclasses import replace
 
     from ..kernels.errors import ConfigError
-    from ..moe.interop import open_model, write_model
+    from ..moe.interop import write_model
     from ..moe.interop.folder import check_new
+    from ..moe.interop.open import open_source
     from ..parallel.process import together
 
     together(lambda: check_new(settings.output.expanduser()))  # before checksums are compared
     if settings.optimizer and settings.to != "scatterfold":
         raise ConfigError(f"optimizer=true does not go with to={settings.to}, allowed: false, or to=scatterfold")
-    stored = open_model(settings.source, describe=settings.describe)
+    stored = open_source(settings.source, "source", describe=settings.describe)
     if settings.optimizer and not stored.optimizer:
         raise ConfigError(f"optimizer=true, but {stored.source} holds no state of an optimizer, allowed: false")
     if not settings.optimizer:

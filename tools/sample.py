@@ -22,7 +22,7 @@ class Sample:
         'scatterfold sample source=runs/demo prompt="def " max_tokens=400 temperature=0.7 top_p=0.95'
     )
 
-    source: Path = argument("run folder, one of its checkpoints, or an export of `scatterfold convert`")
+    source: Path = argument("run folder, one of its checkpoints, or a model of another format")
     prompt: str = argument("text to continue; empty to begin a document", default="")
     max_tokens: int = argument("most tokens to write; the end of a document ends the text too", default=200, least=0)
     temperature: float = argument("0 takes the likeliest token, more is bolder", default=0.0)

@@ -67,9 +67,7 @@ class Upcycle:
     gpus: int = argument("to train the result on, for the memory of each", default=8, least=1)
     probe: bool = argument("compare the logits of source and result at the end", default=True)
     probe_tokens: int = argument("tokens to compare them on", default=256, least=1)
-    to: str | None = argument(
-        "scatterfold, huggingface or megatron; null: the format that was read", default=None, choices=FORMATS
-    )
+    to: str | None = argument("format; null: the one that was read", default=None, choices=FORMATS)
     architecture: str | None = argument("model_type for to=huggingface; null: the one that fits", default=None)
     dtype: str | None = argument("fp32, bf16 or fp16, of the parameters; null: as they are", default=None)
     max_shard_bytes: int = argument("most bytes of tensors in one file", default=5_000_000_000, least=1)

@@ -112,7 +112,7 @@ class _Walk:
         yield Memory(**self._fixed, gradients=gradients, temporary=message, moment="update", rank=self.rank)
 
     def _backward(self, index: int) -> Memory:
-        """When the gradient of the layer's largest weights is there, and the activations that it came from still are."""
+        """When the gradient of the largest weights is there, and the activations that it came from still are."""
         layer = self._layer(index)
         again = layer.again if self.checkpoints else Kept()
         buffers = layer.buffers + self._state(index).largest

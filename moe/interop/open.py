@@ -46,6 +46,14 @@ def open_model(source: str | Path, checked: bool = True, **options: Any) -> Stor
     return stored
 
 
+def open_source(source: str | Path, option: str, checked: bool = True, **options: Any) -> StoredModel:
+    """`open_model` of what an option of a command or a config names. Raises: CheckpointError that names it too."""
+    try:
+        return open_model(source, checked, **options)
+    except CheckpointError as error:
+        raise CheckpointError(f"{option}={source}: {error}") from None
+
+
 def _open(folder: Path, options: Mapping[str, Any]) -> StoredModel:
     if (stored := _open_own(folder) or _open_huggingface(folder)) is not None:
         if options:

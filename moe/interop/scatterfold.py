@@ -28,7 +28,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 def is_scatterfold(folder: Path) -> bool:
     """Whether a folder was written by `write_scatterfold`."""
-    return (Path(folder) / DESCRIPTION).is_file()
+    return (Path(folder) / DESCRIPTION).is_file() and not (Path(folder) / "metadata.json").is_file()  # of Megatron
 
 
 def open_scatterfold(folder: Path) -> StoredModel:
@@ -37,7 +37,7 @@ def open_scatterfold(folder: Path) -> StoredModel:
     Raises: CheckpointError if a file is missing, damaged or of a newer version; DataError if it is the tokenizer's.
     """
     folder = Path(folder)
-    described = _read_description(folder)
+    described = read_description(folder)
     tensors = open_safetensors(folder)
     has_optimizer = has_safetensors(folder, OPTIMIZER_FILE)
     tokenizer = described.get("tokenizer")
@@ -76,7 +76,7 @@ def write_scatterfold(
             shutil.copyfile(path, folder / name)
         if stored.tokenizer is not None:
             stored.tokenizer.save(folder)
-        write_json(folder / DESCRIPTION, _describe(stored))
+        write_json(folder / DESCRIPTION, describe(stored))
     return files
 
 
@@ -87,7 +87,8 @@ def dtype_names(stored: StoredModel) -> str:
     return ", ".join(sorted(spelt.get(dtype, str(dtype).removeprefix("torch.")) for dtype in found))
 
 
-def _describe(stored: StoredModel) -> dict[str, Any]:
+def describe(stored: StoredModel) -> dict[str, Any]:
+    """What scatterfold.json says of a model."""
     described = {
         "format": FORMAT,
         "step": stored.step,
@@ -111,7 +112,11 @@ def _tokenizer_spec(tokenizer: Tokenizer | None) -> dict[str, Any] | None:
     return spec
 
 
-def _read_description(folder: Path) -> dict[str, Any]:
+def read_description(folder: Path) -> dict[str, Any]:
+    """The scatterfold.json of a folder, checked.
+
+    Raises: CheckpointError if it is missing, damaged or of a newer version.
+    """
     file = folder / DESCRIPTION
     try:
         described = json.loads(file.read_bytes())

@@ -20,17 +20,7 @@ from ...parallel.dispatchers import Dispatcher
 from ...parallel.meshes import ALONE as ONE_PROCESS
 from ...parallel.meshes import Meshes
 from ..adapters import AdapterExperts
-from ..blocks import (
-    MLP,
-    Attention,
-    Block,
-    GatedMLP,
-    KeyValueCache,
-    MultiHeadLatentAttention,
-    RMSNorm,
-    RotaryTable,
-    SelfAttention,
-)
+from ..blocks import MLP, Block, KeyValueCache, RMSNorm, RotaryTable, SelfAttention
 from ..blocks.attention import Visible
 from ..blocks.block import CHECKPOINTING
 from ..blocks.rope import Rotation
@@ -42,6 +32,7 @@ from ..routers.base import Router
 from .config import ModelConfig, check_tensor_parallel
 from .frozen import freeze
 from .init import initialise
+from .parts import make_attention, make_mlp
 
 if TYPE_CHECKING:
     from torch.distributed.tensor.parallel import ParallelStyle
@@ -106,8 +97,8 @@ class Transformer(nn.Module):
         for layer in self.layers:
             self.blocks[str(layer)] = Block(
                 config.width,
-                self._make_attention(config, layer, self._tp_group),
-                self._make_mlp(config, layer, router, experts, dispatcher, self._tp_group),
+                make_attention(config, layer, self._tp_group),
+                make_mlp(config, layer, router, experts, dispatcher, self._tp_group),
                 config.norm_eps,
                 checkpointing,
             )
@@ -118,56 +109,6 @@ class Transformer(nn.Module):
         freeze(self, config.frozen)
         if not next(self.parameters()).is_meta:
             self.reset_parameters(seed)
-
-    @staticmethod
-    def _make_attention(config: ModelConfig, layer: int, group: dist.ProcessGroup | None) -> SelfAttention:
-        window = config.window_of(layer)
-        if config.latent_attention is not None:
-            return MultiHeadLatentAttention(
-                config.width,
-                config.heads,
-                config.latent_attention,
-                bias=config.attention_bias,
-                output_bias=config.attention_output_bias,
-                logit_factor=1.0 if config.rope_scaling is None else config.rope_scaling.latent_factor,
-                window=window,
-                group=group,
-            )
-        return Attention(
-            config.width,
-            config.heads,
-            config.num_kv_heads,
-            config.head_size,
-            config.qk_norm,
-            config.attention_bias,
-            window,
-            config.norm_eps,
-            group,
-            config.attention_output_bias,
-            config.attention_sinks,
-        )
-
-    @staticmethod
-    def _make_mlp(
-        config: ModelConfig,
-        layer: int,
-        router: Callable[[], Router] | None,
-        experts: Callable[[], Experts | AdapterExperts] | None,
-        dispatcher: Dispatcher | None,
-        group: dist.ProcessGroup | None,
-    ) -> nn.Module:
-        if not config.is_moe(layer):
-            assert config.ffn_width is not None  # the config has checked it
-            return MLP(config.width, config.ffn_width, config.activation, group)
-        if router is None or experts is None:
-            raise ConfigError(f"layer {layer} is a MoE layer, but no router or experts were given")
-        shared = None
-        if config.shared_expert_width is not None:
-            kind = GatedMLP if config.shared_expert_gate else MLP
-            shared = kind(config.width, config.shared_expert_width, config.activation, group)
-        made = experts()
-        made.share(group)
-        return MoELayer(router(), made, shared, dispatcher, index=layer)
 
     def forward(
         self,

@@ -47,7 +47,7 @@ class Mixture:
             )
         with torch.device("meta"):
             router, experts = plan.make_router(), plan.make_experts()
-        if type(router) not in (TopKRouter, ThresholdRouter):
+        if not isinstance(router, TopKRouter | ThresholdRouter) or type(router) not in (TopKRouter, ThresholdRouter):
             raise ConfigError(
                 f"router._target_={plan.router['_target_']} cannot be given other experts, allowed: TopKRouter, "
                 "ThresholdRouter"

@@ -109,6 +109,8 @@ class Prune(Operation):
             )
         if self.number > 1:
             mixture.per_pool(self.number, "keep")
+        elif self.top_k is not None:
+            raise ConfigError(f"top_k={self.top_k} does not go with keep=1, which leaves no router, allowed: null")
 
     @property
     def number(self) -> int:
@@ -158,7 +160,8 @@ class Merge(Operation):
         experts: how many groups.
         by: how alike two experts are: router (cosine of their rows), weights (of all their weights), outputs (of their
             mean outputs on the corpus).
-        grouping: dominant or hierarchical (see `similarity`); None for dominant where there is a corpus.
+        grouping: dominant or hierarchical (see `similarity`); None for dominant by=router on a corpus, else
+            hierarchical.
         align: bring neurons into the same order first.
     """
 
@@ -169,12 +172,10 @@ class Merge(Operation):
     name = "merge"
 
     def check(self, mixture: Mixture, has_corpus: bool) -> None:
-        for name, value, allowed in (
-            ("by", self.by, SIMILARITIES),
-            ("grouping", self._grouping(has_corpus), GROUPINGS),
-        ):
-            if value not in allowed:
-                raise ConfigError(f"{name}={value} is unknown, allowed: {', '.join(allowed)}")
+        if self.by not in SIMILARITIES:
+            raise ConfigError(f"by={self.by} is unknown, allowed: {', '.join(SIMILARITIES)}")
+        if self._grouping(has_corpus) not in GROUPINGS:
+            raise ConfigError(f"grouping={self.grouping} is unknown, allowed: {', '.join(GROUPINGS)}")
         if not 2 <= self.experts < mixture.num_experts:
             raise ConfigError(
                 f"experts={self.experts} is out of range, allowed: 2 to {mixture.num_experts - 1} of the "
@@ -186,7 +187,8 @@ class Merge(Operation):
         mixture.per_pool(self.experts, "experts")
 
     def _grouping(self, has_corpus: bool) -> str:
-        return self.grouping or ("dominant" if has_corpus else "hierarchical")
+        """As those who use these similarities do, where nobody says; leaders need a corpus to be found on."""
+        return self.grouping or ("dominant" if has_corpus and self.by == "router" else "hierarchical")
 
     def config(self, mixture: Mixture) -> dict[str, Any]:
         return mixture.config_of(self.experts, **mixture.lowered(self.experts, self.top_k))
@@ -194,9 +196,8 @@ class Merge(Operation):
     def make(self, mixture: Mixture, usage: Usage | None, corpus: Corpus | None, device: torch.device) -> Made:
         equal = torch.full((mixture.num_experts,), 1.0 / mixture.num_experts)
         used = dict.fromkeys(mixture.layers, equal) if usage is None else usage.scores("frequency")
-        groups = groups_of(
-            mixture, self._alike(mixture, corpus, device), used, self.experts, self._grouping(usage is not None)
-        )
+        alike, grouping = self._alike(mixture, corpus, device), self._grouping(usage is not None)
+        groups = groups_of(mixture, alike, used, self.experts, grouping)
         made = merge(mixture, groups, used, self.top_k, self.align)
         notes = _top_k_notes(mixture, self.config(mixture))
         if usage is None:
@@ -255,7 +256,5 @@ def _top_k_notes(mixture: Mixture, config: Mapping[str, Any]) -> tuple[str, ...]
 
 
 def _numbers(mixture: Mixture) -> dict[str, float]:
-    router: Any = mixture.router
-    return {
-        name: getattr(router, name) for name in ("top_k", "eval_top_k", "max_experts", "scale") if hasattr(router, name)
-    }
+    names, router = ("top_k", "eval_top_k", "max_experts", "scale"), mixture.router
+    return {name: getattr(router, name) for name in names if hasattr(router, name)}

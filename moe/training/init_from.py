@@ -10,7 +10,7 @@ from typing import Any
 from ...kernels import CheckpointError
 from ...parallel.checkpoint import newest_checkpoint, read_meta
 from ..data.tokenizer import Tokenizer
-from .resume import open_source
+from ..interop.open import open_source
 from .run_folder import RunFolder
 
 GROUPS = ("model", "router", "experts")

@@ -11,7 +11,7 @@ import torch
 
 from ...kernels import CheckpointError
 from ..data.tokenizer import Tokenizer
-from ..interop.open import open_model
+from ..interop.open import open_source
 from ..models.transformer import Transformer
 
 
@@ -42,7 +42,7 @@ def load_model(source: Path, device: torch.device | str = "cpu") -> LoadedModel:
 
     Raises: what `open_model` raises; CheckpointError if there is no tokenizer, without which ids are no text.
     """
-    stored = open_model(source)
+    stored = open_source(source, "source")
     if stored.tokenizer is None:
-        raise CheckpointError(f"{stored.source} has no tokenizer, allowed: a folder with its tokenizer.json")
+        raise CheckpointError(f"source={source} has no tokenizer, allowed: a folder with its tokenizer.json")
     return LoadedModel(stored.build(device), stored.tokenizer, stored.config, stored.step, stored.source)

@@ -15,8 +15,7 @@ from typing import Any
 
 from ...kernels import CheckpointError, ConfigError, DataError
 from ...parallel.checkpoint import find_checkpoint, newest_checkpoint, read_meta
-from ..interop.open import open_model
-from ..interop.stored import StoredModel
+from ..interop.open import open_source
 from .progress import Progress
 from .run_folder import RunFolder
 
@@ -84,14 +83,6 @@ def checkpoint_of(source: str | Path, option: str) -> Path:
     """The checkpoint that an option names: one of its own, or the newest whole one of a run folder."""
     try:
         return find_checkpoint(Path(source).expanduser())
-    except CheckpointError as error:
-        raise CheckpointError(f"{option}={source}: {error}") from None
-
-
-def open_source(source: str | Path, option: str, checked: bool = True) -> StoredModel:
-    """The model of any format that an option names. Raises: CheckpointError that names the option too."""
-    try:
-        return open_model(source, checked)
     except CheckpointError as error:
         raise CheckpointError(f"{option}={source}: {error}") from None
 

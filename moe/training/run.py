@@ -26,6 +26,7 @@ from ..build import ModelPlan
 from ..components import build, check
 from ..data import Data, DataSettings, open_data, open_tokenizer
 from ..data.batches import Share
+from ..interop.open import open_source
 from ..layout_checks import check_layout, check_ring
 from ..sharding import sharding_plan
 from .display import Display, make_display, quantity
@@ -33,7 +34,7 @@ from .environment import describe_environment
 from .loop import Loop
 from .optimizers import AdamW
 from .progress import Progress
-from .resume import Start, check_same_data, choose_start, open_source
+from .resume import Start, check_same_data, choose_start
 from .router_statistics import RouterStatistics
 from .run_folder import RunFolder
 from .schedules import Schedule

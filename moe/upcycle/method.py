@@ -209,7 +209,7 @@ class Method:
         if self.constant != 1.0 and not keeps_function(self.scale, activation):
             return Promise(False, f"scale={self.scale} is not exact for {activation}, allowed to be so: scale=down")
         if not settings.renormalises and settings.top_k < settings.experts:
-            even = settings.row_std <= 1e-6
+            even = settings.row_std <= 1e-7
             return Promise(even, f"raw {settings.score} weights are even only up to router_std={settings.row_std:g}")
         copies = f"{self.group} shards of a copy share a router row, " if self.group > 1 else ""
         return Promise(

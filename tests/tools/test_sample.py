@@ -1,8 +1,10 @@
 """`scatterfold sample`."""
 
 import json
+from dataclasses import replace
 
 from scatterfold.moe.data.tokenizer import ByteTokenizer
+from scatterfold.moe.interop import open_model, write_model
 from scatterfold.tools.sample import stream
 
 
@@ -25,6 +27,13 @@ def test_a_checkpoint_is_a_source_and_greedy_is_the_default(scatterfold, finishe
         scatterfold("sample", f"source={step}", *words).out
         == scatterfold("sample", f"source={finished_run}", *words).out
     )
+
+
+def test_a_model_without_a_tokenizer_writes_no_text(scatterfold, tmp_path, finished_run):
+    write_model(replace(open_model(finished_run), tokenizer=None), tmp_path / "out")
+    outcome = scatterfold("sample", "source=out", "max_tokens=1")
+    assert outcome.code == 2 and not outcome.out
+    assert "source=out has no tokenizer, allowed: a folder with its tokenizer.json" in outcome.line
 
 
 def test_what_is_wrong_is_one_line(scatterfold, tmp_path, finished_run):

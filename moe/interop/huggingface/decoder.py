@@ -8,7 +8,7 @@ from typing import Any
 from ...build import ModelPlan
 from ...models.config import ModelConfig
 from .config_json import ConfigJson
-from .misfit import HIDDEN_ACTS, hidden_activation
+from .misfit import HIDDEN_ACTS, Misfit, hidden_activation
 from .rope import ROPE_DEFAULTS, demand_whole_rotation, read_rope, write_rope
 from .tensor_rules import TensorRule, linear, same
 
@@ -64,6 +64,23 @@ def read_decoder(hf: ConfigJson, partial_rotation: bool = False) -> dict[str, An
 def read_activation(hf: ConfigJson) -> str:
     """Our name of `hidden_act`."""
     return HIDDEN_ACTS[hf.only("hidden_act", *HIDDEN_ACTS) or "silu"]
+
+
+def read_attention_bias(hf: ConfigJson) -> dict[str, bool]:
+    """Biases on all four projections of the attention, or on none."""
+    bias = hf.flag("attention_bias")
+    return {"attention_bias": bias, "attention_output_bias": bias}
+
+
+def write_attention_bias(model_type: str, config: ModelConfig) -> dict[str, bool]:
+    """The same as their key. Raises: Misfit if some of the projections have a bias."""
+    if config.attention_output_bias != config.attention_bias:
+        allowed = "true" if config.attention_bias else "false"
+        raise Misfit(model_type, "model.attention_output_bias", config.attention_output_bias, allowed)
+    return {"attention_bias": config.attention_bias}
+
+
+BIASES = {"attention_bias": ..., "attention_output_bias": ...}  # for `demand_model`, before `write_attention_bias`
 
 
 def write_decoder(model_type: str, plan: ModelPlan, hidden_act: str | None = None) -> dict[str, Any]:

@@ -7,9 +7,9 @@ them, gate and up in one, and one name for each norm. On the disk there may be
     ….mlp.experts.experts.linear_fc1.…     (…, E, …), whether experts are sequential or grouped;
     ….mlp.experts.experts.7.linear_fc1.…   one expert, and …weight_w, …weight_v for gate and up
                                            (`singleton_local_shards`);
-    ….linear_qkv.layer_norm_weight         the norm before a matrix, by the name of the module of Transformer Engine that
-                                           does both; the layers without it write that name too, for dense MLPs and
-                                           experts alike, and those with it the norm's own name where experts follow.
+    ….linear_qkv.layer_norm_weight         the norm before a matrix, by the name of the module of Transformer Engine
+                                           that does both. Layers without it write that name too, for dense MLPs and
+                                           experts alike; those with it the norm's own name where experts follow.
 """
 
 from __future__ import annotations
@@ -60,7 +60,8 @@ def stacked_keys(plain: Mapping[str, LazyTensor], layers: int) -> dict[str, tupl
             keys[key] = (tensor, 0)
         elif name != key:
             every = [plain[f"{_LAYERS}{layer}.{name.removeprefix(_LAYERS)}"] for layer in range(layers)]
-            keys |= {disk: (stack(every), 1 + _is_experts(key)) for disk in _disk_names(name)}
+            together = stack(every)
+            keys |= {disk: (together, 1 + _is_experts(key)) for disk in _disk_names(name)}
     return keys
 
 

@@ -20,7 +20,9 @@ _LEGACY = ("mp_rank_*/model_optim_rng.pt", "mp_rank_*/model_rng.pt", "mp_rank_*/
 def is_megatron(folder: Path) -> bool:
     """Whether Megatron wrote a folder, in whatever format: also what `open_megatron` then refuses to read."""
     folder = Path(folder)
-    return any((folder / name).is_file() for name in (TRACKER, BACKEND, f"{_NEMO}/{BACKEND}", COMMON)) or _legacy(folder)
+    return any((folder / name).is_file() for name in (TRACKER, BACKEND, f"{_NEMO}/{BACKEND}", COMMON)) or _legacy(
+        folder
+    )
 
 
 def find_weights(folder: Path) -> Path:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
+
+from ....kernels import is_gated
 from ....parallel.checkpoint.lazy import LazyTensor, cat, narrow, pointwise
 from ...build import ModelPlan
 from ...models.config import ModelConfig
@@ -50,13 +53,15 @@ def _attention_rules(config: ModelConfig, ours: str, theirs: str, zero_centered:
 
 
 def _moe_rules(plan: ModelPlan, ours: str, theirs: str) -> list[TensorRule]:
-    config, router, experts = plan.config, plan.make_router(), plan.make_experts()
+    config = plan.config
+    with torch.device("meta"):
+        router, experts = plan.make_router(), plan.make_experts()
     rules = [same(f"{ours}.router.weight", f"{theirs}.router.weight")]
     if router.bias is not None:
         rules.append(same(f"{ours}.router.bias", f"{theirs}.router.bias"))
     if getattr(router, "expert_bias", None) is not None:
         rules.append(same(f"{ours}.router.expert_bias", f"{theirs}.router.expert_bias"))
-    gated = experts.w_in.dim() == 4
+    gated = is_gated(experts.activation)
     for part, letter in (("weight", "w"), ("bias", "b"))[: 1 if experts.b_in is None else 2]:
         first = same(f"{ours}.experts.{letter}_in", f"{theirs}.experts.experts.linear_fc1.{part}")
         rules.append(mapped(first, _split_gate, _join_gate) if gated else first)
@@ -69,8 +74,6 @@ def _moe_rules(plan: ModelPlan, ours: str, theirs: str) -> list[TensorRule]:
 
 
 def _mlp_rules(ours: str, theirs: str, activation: str) -> list[TensorRule]:
-    from ....kernels import is_gated
-
     key = f"{theirs}.linear_fc1.weight"
     if is_gated(activation):
         layout = Layout(
@@ -105,7 +108,9 @@ def _norm(name: str, key: str, zero_centered: bool) -> TensorRule:
     if not zero_centered:
         return rule
     return mapped(
-        rule, lambda theirs: pointwise(theirs, lambda part: part + 1), lambda ours: pointwise(ours, lambda part: part - 1)
+        rule,
+        lambda theirs: pointwise(theirs, lambda part: part + 1),
+        lambda ours: pointwise(ours, lambda part: part - 1),
     )
 
 

@@ -143,6 +143,43 @@ def test_presets_have_their_published_sizes(preset, top_k, total, active):
     assert counts.active / 1e9 == pytest.approx(active, abs=0.06)
 
 
+DEEPSEEK = {"kv_rank": 512, "nope_width": 128, "rope_width": 64, "value_width": 128}
+PUBLISHED = {
+    "DeepSeek-V3": (
+        {
+            **{"vocab_size": 129280, "layers": 61, "width": 7168, "heads": 128, "ffn_width": 18432, "first_k_dense": 3},
+            **{"num_experts": 256, "expert_width": 2048, "shared_expert_width": 2048},
+            "latent_attention": LatentAttention(**DEEPSEEK, q_rank=1536),
+        },
+        671.0,
+    ),
+    "DeepSeek-V2-Lite": (
+        {
+            **{"vocab_size": 102400, "layers": 27, "width": 2048, "heads": 16, "ffn_width": 10944, "first_k_dense": 1},
+            **{"num_experts": 64, "expert_width": 1408, "shared_expert_width": 2816},
+            "latent_attention": LatentAttention(**DEEPSEEK),
+        },
+        15.7,
+    ),
+    "gpt-oss-20b": (
+        {
+            **{"vocab_size": 201088, "layers": 24, "width": 2880, "heads": 64, "kv_heads": 8, "head_width": 64},
+            **{"num_experts": 32, "expert_width": 2880, "attention_sinks": True, "attention_bias": True},
+            "attention_output_bias": True,
+        },
+        20.9,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_families_have_their_published_sizes(name):
+    shape, total = PUBLISHED[name]
+    config = ModelConfig(**shape)
+    biases = {"router_parameters": 32 * (config.width + 1), "expert_bias": True} if name == "gpt-oss-20b" else {}
+    assert count_model(config, **biases).total / 1e9 == pytest.approx(total, abs=0.06)
+
+
 @pytest.mark.parametrize("preset", [path.stem for path in sorted(PRESETS.glob("*.yaml"))])
 def test_presets_are_built_as_counted(preset):
     plan = plan_of(preset, top_k=2)

@@ -1,11 +1,14 @@
 """Several dense models become one MoE."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from scatterfold.kernels import ConfigError
 from scatterfold.moe.upcycle import UpcycleSettings, measure, upcycle
 from scatterfold.moe.upcycle.convert import method_of
+from scatterfold.parallel.checkpoint.lazy import constant
 
 
 def mix(**settings):
@@ -39,7 +42,6 @@ def test_equal_sources_are_sparse_upcycling(make_dense, logits):
 def test_bfloat16_is_averaged_in_float32(make_dense):
     """One and eight 2^-9: summed in bfloat16 they would stay one."""
     dense = make_dense()
-    from scatterfold.parallel.checkpoint.lazy import constant
 
     def with_norm(value):
         tensors = {name: tensor.to(torch.bfloat16) for name, tensor in dense.tensors.items()}
@@ -75,8 +77,6 @@ def test_models_that_do_not_fit_each_other_are_refused(make_dense):
 
 
 def test_models_of_another_tokenizer_are_refused(make_dense):
-    from dataclasses import replace
-
     class Words:
         vocab_size, eod = 37, 0
 

@@ -1,8 +1,11 @@
 """The plan's figures against the built model, and the receipt's against a plain comparison."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+from scatterfold.moe.data.tokenizer import ByteTokenizer
 from scatterfold.moe.upcycle import UpcycleSettings, measure, plan_upcycle, upcycle
 
 
@@ -60,10 +63,6 @@ def test_a_threshold_router_says_how_many_experts_a_token_takes(make_dense):
 
 
 def test_text_is_the_probe_where_there_is_a_tokenizer(make_dense):
-    from dataclasses import replace
-
-    from scatterfold.moe.data.tokenizer import ByteTokenizer
-
     dense = replace(make_dense(vocab_size=257), tokenizer=ByteTokenizer())
     measured = measure([dense], upcycle([dense], UpcycleSettings()), tokens=100)
     assert measured.probe == "text" and measured.tokens == 100

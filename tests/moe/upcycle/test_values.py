@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from scatterfold.moe.upcycle import UpcycleSettings, upcycle
+from scatterfold.parallel.checkpoint.lazy import in_memory
 
 WIDTH, FFN = 64, 400
 
@@ -57,8 +58,6 @@ def test_drop_draws_from_the_mean_and_deviation_of_what_it_replaces(make_dense):
             ("w_out", (WIDTH, FFN), 0.01, 0.0),
         )
     }
-    from scatterfold.parallel.checkpoint.lazy import in_memory
-
     dense = dense.with_model(dense.config, {**dense.tensors, **{k: in_memory(v) for k, v in shifted.items()}})
     made = upcycle([dense], UpcycleSettings(method="drop"))
     kept = intact(made, dense)[:, 0]

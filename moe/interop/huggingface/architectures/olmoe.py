@@ -8,7 +8,14 @@ from typing import Any
 from ....build import ModelPlan
 from ..architecture import Architecture, Groups
 from ..config_json import ConfigJson
-from ..decoder import DECODER_DEFAULTS, read_decoder, write_decoder
+from ..decoder import (
+    BIASES,
+    DECODER_DEFAULTS,
+    read_attention_bias,
+    read_decoder,
+    write_attention_bias,
+    write_decoder,
+)
 from ..misfit import Misfit, demand_experts, demand_model, demand_router
 from ..mixture import (
     MIXTURE_DEFAULTS,
@@ -45,7 +52,6 @@ class Olmoe(Architecture):
     }
 
     def read_config(self, hf: ConfigJson) -> Groups:
-        hf.only("attention_bias", False)
         hf.only("clip_qkv")
         hf.only("sliding_window")  # its class hands it to the attention kernel, but does not mask by it
         model = read_decoder(hf)
@@ -54,12 +60,13 @@ class Olmoe(Architecture):
             "num_experts": read_num_experts(hf, "num_experts"),
             "expert_width": hf.whole("intermediate_size", 1),
             "qk_norm": "projection",
+            **read_attention_bias(hf),
         }
         return mixture_groups(model, read_router(hf, hf.flag("norm_topk_prob")))
 
     def write_config(self, plan: ModelPlan) -> dict[str, Any]:
         config = plan.config
-        demand_model(self.model_type, plan, qk_norm="projection")
+        demand_model(self.model_type, plan, qk_norm="projection", **BIASES)
         if config.head_size != config.width // config.heads or config.width % config.heads:
             raise Misfit(self.model_type, "model.head_width", config.head_size, "model.width / model.heads")
         demand_experts(self.model_type, plan, all_layers=True)
@@ -69,7 +76,7 @@ class Olmoe(Architecture):
             **write_mixture(config, router),
             "intermediate_size": config.expert_width,
             "norm_topk_prob": renormalised(router),
-            "attention_bias": False,
+            **write_attention_bias(self.model_type, config),
             "clip_qkv": None,
         }
 

@@ -11,7 +11,7 @@ from ..config_json import ConfigJson
 from ..decoder import DECODER_DEFAULTS, dense_groups, dense_rules, read_decoder, write_decoder
 from ..misfit import demand_dense, demand_model
 from ..tensor_rules import TensorRule
-from ..windows import read_switched_window, write_switched_window
+from ..windows import WINDOWS, read_switched_window, write_switched_window
 
 QWEN_DEFAULTS = {
     **DECODER_DEFAULTS,
@@ -36,7 +36,7 @@ class Qwen2(Architecture):
 
     def write_config(self, plan: ModelPlan) -> dict[str, Any]:
         demand_dense(self.model_type, plan)
-        demand_model(self.model_type, plan, attention_bias=True, sliding_window=...)
+        demand_model(self.model_type, plan, attention_bias=True, **WINDOWS)
         return {**write_decoder(self.model_type, plan), **write_switched_window(plan)}
 
     def tensors(self, plan: ModelPlan, hf: Mapping[str, Any]) -> Sequence[TensorRule]:
@@ -47,7 +47,7 @@ def read_qwen(hf: ConfigJson) -> dict[str, Any]:
     """The `model` group of a dense Qwen; its first max_window_layers layers see everything."""
     model = {**read_decoder(hf), "ffn_width": hf.whole("intermediate_size", 1)}
     full = hf.whole("max_window_layers")
-    return {**model, **read_switched_window(hf, [layer >= full for layer in range(model["layers"])])}
+    return {**model, **read_switched_window(hf, [layer >= full for layer in range(model["layers"])], by_layer=True)}
 
 
 ARCHITECTURE = Qwen2()

@@ -33,7 +33,7 @@ from ..mixture import (
     write_mixture,
 )
 from ..tensor_rules import TensorRule, added, mapped, same
-from ..windows import read_switched_window, write_switched_window
+from ..windows import WINDOWS, read_switched_window, write_switched_window
 
 ZERO_WIDTH = 128  # of an added shared expert: 8 tensor parallel ranks still get 16 columns each
 ZERO_EXPERT, NO_GATE = "scatterfold_zero_shared_expert", "scatterfold_ungated_shared_expert"
@@ -80,12 +80,13 @@ class Qwen2Moe(Architecture):
             model["shared_expert_width"] = hf.whole("shared_expert_intermediate_size", 1)
             model["shared_expert_gate"] = not hf.flag(NO_GATE)
         full = hf.whole("max_window_layers")
-        model |= read_switched_window(hf, [layer % 2 == 0 and layer < full for layer in range(model["layers"])])
+        slides = [layer % 2 == 0 and layer < full for layer in range(model["layers"])]
+        model |= read_switched_window(hf, slides, by_layer=True)
         return mixture_groups(model, read_router(hf, hf.flag("norm_topk_prob")))
 
     def write_config(self, plan: ModelPlan) -> dict[str, Any]:
         config = plan.config
-        demand_model(self.model_type, plan, attention_bias=..., sliding_window=..., shared_expert_width=...)
+        demand_model(self.model_type, plan, attention_bias=..., shared_expert_width=..., **WINDOWS)
         demand_experts(self.model_type, plan)
         router = demand_router(self.model_type, plan, ("softmax", "softmax_after"))
         marks = {}

@@ -8,10 +8,10 @@ from typing import Any
 from ....build import ModelPlan
 from ..architecture import Architecture, Groups
 from ..config_json import ConfigJson
-from ..decoder import dense_groups, dense_rules, write_decoder
+from ..decoder import BIASES, dense_groups, dense_rules, read_attention_bias, write_attention_bias, write_decoder
 from ..misfit import demand_dense, demand_model
 from ..tensor_rules import TensorRule
-from ..windows import write_switched_window
+from ..windows import WINDOWS, write_switched_window
 from .qwen2 import QWEN_DEFAULTS, read_qwen
 
 
@@ -21,13 +21,16 @@ class Qwen3(Architecture):
     defaults = {**QWEN_DEFAULTS, "head_dim": 128, "attention_bias": False}
 
     def read_config(self, hf: ConfigJson) -> Groups:
-        hf.only("attention_bias", False)
-        return dense_groups({**read_qwen(hf), "qk_norm": "head"})
+        return dense_groups({**read_qwen(hf), "qk_norm": "head", **read_attention_bias(hf)})
 
     def write_config(self, plan: ModelPlan) -> dict[str, Any]:
         demand_dense(self.model_type, plan)
-        demand_model(self.model_type, plan, qk_norm="head", sliding_window=...)
-        return {**write_decoder(self.model_type, plan), **write_switched_window(plan), "attention_bias": False}
+        demand_model(self.model_type, plan, qk_norm="head", **WINDOWS, **BIASES)
+        return {
+            **write_decoder(self.model_type, plan),
+            **write_switched_window(plan),
+            **write_attention_bias(self.model_type, plan.config),
+        }
 
     def tensors(self, plan: ModelPlan, hf: Mapping[str, Any]) -> Sequence[TensorRule]:
         return dense_rules(plan)

@@ -8,7 +8,7 @@ from typing import Any
 from ....build import ModelPlan
 from ..architecture import Architecture, Groups
 from ..config_json import ConfigJson
-from ..decoder import write_decoder
+from ..decoder import BIASES, read_attention_bias, write_attention_bias, write_decoder
 from ..misfit import demand_experts, demand_model, demand_router
 from ..mixture import mixture_groups, mixture_rules, read_num_experts, read_router, renormalised
 from ..tensor_rules import TensorRule
@@ -31,13 +31,13 @@ class Qwen3Moe(Architecture):
     }
 
     def read_config(self, hf: ConfigJson) -> Groups:
-        hf.only("attention_bias", False)
         model = {**read_qwen_moe(hf), "num_experts": read_num_experts(hf, "num_experts"), "qk_norm": "head"}
+        model |= read_attention_bias(hf)
         model |= read_switched_window(hf, [True] * model["layers"])
         return mixture_groups(model, read_router(hf, hf.flag("norm_topk_prob")))
 
     def write_config(self, plan: ModelPlan) -> dict[str, Any]:
-        demand_model(self.model_type, plan, qk_norm="head", sliding_window=...)
+        demand_model(self.model_type, plan, qk_norm="head", sliding_window=..., **BIASES)
         demand_experts(self.model_type, plan)
         router = demand_router(self.model_type, plan, ("softmax", "softmax_after"))
         return {
@@ -45,7 +45,7 @@ class Qwen3Moe(Architecture):
             **write_switched_window(plan),
             **write_qwen_moe(plan, router),
             "norm_topk_prob": renormalised(router),
-            "attention_bias": False,
+            **write_attention_bias(self.model_type, plan.config),
         }
 
     def tensors(self, plan: ModelPlan, hf: Mapping[str, Any]) -> Sequence[TensorRule]:

@@ -45,6 +45,7 @@ CASES = {
             "rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 100.0},
         },
     ),
+    "llama, biases": ("llama", {"attention_bias": True}),
     "mistral, window": ("mistral", {"sliding_window": 7}),
     "mistral, no window, yarn": (
         "mistral",
@@ -53,7 +54,11 @@ CASES = {
     "qwen2": ("qwen2", {"rope_parameters": {**YARN, "beta_fast": 8.0, "attention_factor": 1.25}}),
     "qwen2, tied, window in all layers": ("qwen2", {"tie_word_embeddings": True, "max_window_layers": 0, **WINDOW}),
     "qwen3": ("qwen3", {"head_dim": 16, "hidden_act": "relu"}),
-    "qwen3, window by layer types": ("qwen3", {"head_dim": 6, "layer_types": ["sliding_attention"] * 2, **WINDOW}),
+    "qwen2, window in the last layers": ("qwen2", {"num_hidden_layers": 3, "max_window_layers": 2, **WINDOW}),
+    "qwen3, window by layer types, biases": (
+        "qwen3",
+        {"head_dim": 6, "attention_bias": True, "layer_types": ["sliding_attention", "full_attention"], **WINDOW},
+    ),
     "mixtral": ("mixtral", {"num_local_experts": 6, "router_jitter_noise": 0.1}),
     "mixtral, window, head width, one expert a token": (
         "mixtral",
@@ -71,15 +76,19 @@ CASES = {
             "tie_word_embeddings": True,
         },
     ),
-    "qwen2_moe, window by layer types": (
+    "qwen2_moe, window in every other layer": (
         "qwen2_moe",
-        {**QWEN_MOE, "shared_expert_intermediate_size": 12, "layer_types": ["sliding_attention"] * 3, **WINDOW},
+        {**QWEN_MOE, "shared_expert_intermediate_size": 12, "max_window_layers": 2, **WINDOW},
     ),
     "qwen3_moe": ("qwen3_moe", {**QWEN_MOE, "head_dim": 16, "norm_topk_prob": True, "rope_parameters": YARN}),
-    "qwen3_moe, dense layers here and there": ("qwen3_moe", {**QWEN_MOE, "mlp_only_layers": [1], **WINDOW}),
+    "qwen3_moe, dense layers here and there": (
+        "qwen3_moe",
+        {**QWEN_MOE, "mlp_only_layers": [1], "attention_bias": True, **WINDOW},
+    ),
     "qwen3_moe, dense layers first": ("qwen3_moe", {**QWEN_MOE, "mlp_only_layers": [0], "tie_word_embeddings": True}),
     "olmoe": ("olmoe", {"num_experts": 6, "num_experts_per_tok": 3}),
     "olmoe, renormalised": ("olmoe", {"num_experts": 6, "num_experts_per_tok": 2, "norm_topk_prob": True}),
+    "olmoe, biases": ("olmoe", {"num_experts": 6, "num_experts_per_tok": 2, "attention_bias": True}),
 }
 LATENT = {
     **{"kv_lora_rank": 12, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 10, "num_key_value_heads": 4},

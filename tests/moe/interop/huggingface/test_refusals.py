@@ -25,7 +25,7 @@ MODELS = {
 }
 ONE_ROPE = "null, or one object for all layers with rope_type default, linear, llama3, yarn"
 WINDOWS = ["full_attention", "sliding_attention"]
-SLIDES = {"use_sliding_window": True, "sliding_window": 8}
+ONE_WINDOW = "null, or sliding_attention in all layers, since there is a sliding_window"
 CHANGES = [
     # model_type, what config.json says instead (None deletes nothing; ... deletes), key named, what the line ends with
     ("llama", {"model_type": "gpt2"}, 'model_type="gpt2"', "olmoe, qwen2, qwen2_moe, qwen3, qwen3_moe"),
@@ -53,13 +53,20 @@ CHANGES = [
     ("llama", {"head_dim": 5}, "model.head_width=5", "RoPE turns pairs)"),
     ("llama", {"tie_word_embeddings": "yes"}, 'tie_word_embeddings="yes"', "true or false"),
     ("llama", {"rms_norm_eps": "small"}, 'rms_norm_eps="small"', "a number"),
-    ("mistral", {"layer_types": WINDOWS}, "layer_types=", "a sliding window in all 2 layers, or in none"),
+    ("mistral", {"layer_types": WINDOWS}, "layer_types=", ONE_WINDOW),
+    ("mistral", {"layer_types": ["full_attention"] * 2}, "layer_types=", ONE_WINDOW),
     ("mistral", {"layer_types": ["full_attention"]}, "layer_types=", "2 times sliding_attention or full_attention"),
     ("mistral", {"layer_types": ["chunked_attention"] * 2}, "layer_types=", "sliding_attention or full_attention"),
     ("mistral", {"layer_types": WINDOWS, "sliding_window": None}, "layer_types=", "where there is no sliding_window"),
-    ("qwen2", {"layer_types": None, "max_window_layers": 1, **SLIDES}, "max_window_layers=1", "or in none"),
-    ("qwen2", {"layer_types": WINDOWS, **SLIDES}, "layer_types=", "or in none"),
-    ("qwen2_moe", {"layer_types": None, **SLIDES}, "max_window_layers=28", "or in none"),
+    ("qwen2", {"layer_types": WINDOWS}, "layer_types=", "where there is no sliding_window"),
+    ("qwen2", {"layer_types": ["conv"] * 2}, "layer_types=", "2 times sliding_attention or full_attention"),
+    ("qwen2", {"use_sliding_window": True, "sliding_window": 0}, "sliding_window=0", "a whole number, 1 or more"),
+    (
+        "qwen3_moe",
+        {"layer_types": WINDOWS, "use_sliding_window": True, "sliding_window": 8},
+        "layer_types=",
+        ONE_WINDOW,
+    ),
     ("mixtral", {"num_local_experts": 4, "num_experts": 8}, "num_local_experts=4 and num_experts=8", "or the same"),
     ("mixtral", {"num_local_experts": 1}, "num_local_experts=1", "a whole number, 2 or more"),
     ("mixtral", {"num_experts_per_tok": 5}, "router.top_k=5", "model.num_experts=4"),
