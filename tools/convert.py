@@ -42,6 +42,7 @@ class Convert:
     max_shard_bytes: int = argument("most bytes of tensors in one file", default=5_000_000_000, least=1)
     architecture: str | None = argument("for huggingface: model_type, nothing: the first that fits", default=None)
     fused: bool = argument("for huggingface: experts stacked in one tensor instead of a key each", default=False)
+    stacked: bool = argument("for megatron: layers stacked in one tensor instead of keys for each", default=False)
     optimizer: bool = argument("for scatterfold: also what the optimizer remembers", default=False)
     describe: Path | None = argument("for a Megatron source that does not say it: YAML file of its shape", default=None)
     json: Path | None = argument("also write the receipt to this file", default=None)
@@ -89,7 +90,11 @@ def _convert(settings: Convert) -> WriteReceipt:
         raise ConfigError(f"optimizer=true, but {stored.source} holds no state of an optimizer, allowed: false")
     if not settings.optimizer:
         stored = replace(stored, optimizer={})
-    options: dict[str, Any] = {"architecture": settings.architecture, "fused": settings.fused or None}
+    options: dict[str, Any] = {
+        "architecture": settings.architecture,
+        "fused": settings.fused or None,
+        "stacked": settings.stacked or None,
+    }
     return write_model(
         stored,
         settings.output,

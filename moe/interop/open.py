@@ -55,36 +55,21 @@ def open_source(source: str | Path, option: str, checked: bool = True, **options
 
 
 def _open(folder: Path, options: Mapping[str, Any]) -> StoredModel:
-    if (stored := _open_own(folder) or _open_huggingface(folder)) is not None:
-        if options:
-            name, value = next(iter(options.items()))
-            raise ConfigError(f"{name}={value} does not go with {folder}, allowed: for a Megatron checkpoint only")
-        return stored
-    if (stored := _open_megatron(folder, options)) is not None:
-        return stored
-    raise _no_model(folder)
+    from .huggingface import is_huggingface, open_huggingface
+    from .megatron import is_megatron, open_megatron
 
-
-def _open_own(folder: Path) -> StoredModel | None:
+    if is_megatron(folder):  # first: a file that says more than Megatron's own may lie beside its tensors
+        return open_megatron(folder, **options)
+    if options:
+        name, value = next(iter(options.items()))
+        raise ConfigError(f"{name}={value} does not go with {folder}, allowed: for a Megatron checkpoint only")
     if is_scatterfold(folder):
         return open_scatterfold(folder)
     if (folder / META).is_file() or (folder / "checkpoints").is_dir() or any(folder.glob("step-*")):
         return _open_checkpoint(find_checkpoint(folder))
-    return None
-
-
-def _open_huggingface(folder: Path) -> StoredModel | None:
-    from .huggingface import is_huggingface, open_huggingface
-
-    return open_huggingface(folder) if is_huggingface(folder) else None
-
-
-def _open_megatron(folder: Path, options: Mapping[str, Any]) -> StoredModel | None:
-    try:
-        from .megatron import is_megatron, open_megatron
-    except ImportError:
-        return None
-    return open_megatron(folder, **options) if is_megatron(folder) else None
+    if is_huggingface(folder):
+        return open_huggingface(folder)
+    raise _no_model(folder)
 
 
 def _open_checkpoint(path: Path) -> StoredModel:
@@ -110,5 +95,5 @@ def _no_model(folder: Path) -> CheckpointError:
         return CheckpointError(f"{folder} does not exist, allowed: {ALLOWED}")
     if not folder.is_dir():
         return CheckpointError(f"{folder} is no folder, allowed: {ALLOWED}")
-    looked_for = f"checkpoints/, {META}, {DESCRIPTION}, config.json of Hugging Face, common.pt of Megatron"
+    looked_for = f"checkpoints/, {META}, {DESCRIPTION}, config.json of Hugging Face, metadata.json of Megatron"
     return CheckpointError(f"{folder} holds no model (none of {looked_for}), allowed: {ALLOWED}")

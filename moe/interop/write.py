@@ -63,7 +63,7 @@ def write_model(
         to: scatterfold, huggingface or megatron.
         dtype: fp32, bf16 or fp16, of the parameters; buffers, such as the expert bias, keep theirs. None: as they are.
         max_shard_bytes: of tensors in one file; a tensor that is larger has a file of its own.
-        options: of one format only: `architecture` and `fused` of Hugging Face.
+        options: of one format only: `architecture` and `fused` of Hugging Face, `stacked` of Megatron.
 
     Raises, on every rank: ConfigError if an option does not fit, the format cannot hold the model, or the output holds
         something or cannot be written; CheckpointError if the source cannot be read. Nothing is left behind then.
@@ -117,7 +117,7 @@ WRITERS: Mapping[str, Callable[[], Writer]] = {
     "huggingface": _huggingface,
     "megatron": _megatron,
 }
-OPTIONS = {"scatterfold": (), "huggingface": ("architecture", "fused"), "megatron": ()}
+OPTIONS = {"scatterfold": (), "huggingface": ("architecture", "fused"), "megatron": ("stacked",)}
 
 
 def _checked_writer(

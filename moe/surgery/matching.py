@@ -56,4 +56,4 @@ def best_assignment(gain: np.ndarray) -> list[int]:
 
 def neurons(tensors: list[Tensor], dims: list[int]) -> Tensor:
     """All weights of each neuron of an expert, (F, n), given the dimension of the neurons in each of its tensors."""
-    return torch.cat([tensor.movedim(dim, 0).flatten(1) for tensor, dim in zip(tensors, dims)], dim=1)
+    return torch.cat([t.movedim(dim, 0).reshape(t.shape[dim], -1) for t, dim in zip(tensors, dims)], dim=1)

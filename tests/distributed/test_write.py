@@ -174,5 +174,26 @@ def test_ranks_begin_with_what_was_written_each_with_its_part(folder):
         torch.testing.assert_close(begun[name], tensor, rtol=0, atol=1e-7)
 
 
+def convert(*words):
+    """One rank of `scatterfold convert` under torchrun; leaves with its exit code."""
+    from scatterfold.tools.convert import main
+
+    sys.exit(main(words))
+
+
+def test_the_command_says_once_what_it_did_and_what_is_wrong(folder, start_ranks, tmp_path):
+    words = [f"source={folder / 'two' / 'scatterfold'}", f"output={tmp_path / 'out'}", "to=huggingface"]
+    words += [f"max_shard_bytes={MOST}", f"json={tmp_path / 'receipt.json'}"]
+    done = start_ranks(2, __file__, "convert", *words)
+    assert [rank.code for rank in done] == [0, 0]
+    assert f"{tmp_path / 'out'}, huggingface" in done[0].out and not done[1].out
+    held = {path.name for path in (tmp_path / "out").glob("*.safetensors")}
+    assert len(held) > 2 and set(json.loads((tmp_path / "receipt.json").read_text())["files"]) == held
+    refused = start_ranks(2, __file__, "convert", *words)
+    assert [rank.code for rank in refused] == [2, 2]
+    assert refused[0].err.startswith(f"scatterfold: output={tmp_path / 'out'} is not empty, allowed: ")
+    assert len(refused[0].err.splitlines()) == 1 and not refused[1].err
+
+
 if __name__ == "__main__":
     globals()[sys.argv[1]](*sys.argv[2:])

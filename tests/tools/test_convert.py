@@ -1,9 +1,6 @@
 """`scatterfold convert`."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -97,25 +94,3 @@ def test_what_is_wrong_is_one_line_and_leaves_nothing(scatterfold, tmp_path, fin
         assert outcome.code == 2, words
         assert expected in outcome.line
         assert sorted(tmp_path.rglob("*")) == before, words
-
-
-@pytest.mark.distributed
-def test_two_ranks_say_once_what_they_did_and_what_is_wrong(tmp_path, finished_run):
-    def convert(*words):
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-        command += ["-m", "scatterfold.tools.convert", f"source={finished_run}", "to=huggingface", *words]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200)
-
-    done = convert("output=out", "max_shard_bytes=6000", "json=receipt.json")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("huggingface") == 1
-    receipt = json.loads((tmp_path / "receipt.json").read_text())
-    held = {path.name for path in (tmp_path / "out").glob("*.safetensors")}
-    assert len(held) > 2 and set(receipt["files"]) == held
-    again = convert("output=out")
-    said = [line for line in again.stderr.splitlines() if line.startswith("scatterfold")]
-    assert again.returncode != 0 and said == ["scatterfold: output=out is not empty, allowed: " + NEW_FOLDER]
-
-
-NEW_FOLDER = "a folder that is empty or does not exist yet"

@@ -149,4 +149,6 @@ def _show(value: Any) -> str:
     words = {None: "null", True: "true", False: "false"}
     if value is None or isinstance(value, bool):
         return words[value]
+    if isinstance(value, tuple):
+        return str(list(value))
     return str(value) if isinstance(value, (int, float, str, list)) else repr(value)

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from ...build import ModelPlan
 from ...models.config import ModelConfig
+from ...routers.top_k import TopKRouter
 from ..huggingface.config_json import ConfigJson
 from ..huggingface.decoder import dense_groups, experts_node
-from ..huggingface.misfit import Misfit, completed, demand_experts, demand_model, demand_router
+from ..huggingface.misfit import Misfit, completed, demand_experts, demand_model
 from ..huggingface.mixture import mixture_groups
 from .fields import UNSUPPORTED
 from .positions import read_positions, write_positions
+from .router import NAME, read_router, write_router
 
-NAME = "megatron"
-_TOP_K = "scatterfold.moe.routers.TopKRouter"
 # (activation_func, gated_linear_unit, activation_func_clamp_value, glu_linear_offset) of each of ours that they have
 _ACTIVATIONS = {
     "swiglu": ("silu", True, None, 0.0),
@@ -26,11 +26,6 @@ _ACTIVATIONS = {
     "gelu": ("gelu", False, None, 0.0),
     "relu": ("relu", False, None, 0.0),
     "relu2": ("squared_relu", False, None, 0.0),
-}
-_BALANCE = {
-    "aux_loss": "balance_micro_batch",
-    "seq_aux_loss": "balance_sequence",
-    "global_aux_loss": "balance_global_batch",
 }
 
 
@@ -77,7 +72,7 @@ def read_groups(fields: ConfigJson) -> dict[str, Any]:
     if not moe_layers:
         return dense_groups(model)
     model |= _read_experts(fields, experts, moe_layers, layers)
-    groups = mixture_groups(model, _read_router(fields))
+    groups = mixture_groups(model, read_router(fields))
     return {**groups, "experts": experts_node(activation, **({"bias": True} if bias else {}))}
 
 
@@ -156,49 +151,6 @@ def _read_experts(fields: ConfigJson, experts: int, moe_layers: Sequence[int], l
     return read
 
 
-def _read_router(fields: ConfigJson) -> dict[str, Any]:
-    top_k = fields.whole("moe_router_topk", 1)
-    score = fields.only("moe_router_score_function", "softmax", "sigmoid") or "softmax"
-    pre = fields.flag("moe_router_pre_softmax")
-    router: dict[str, Any] = {"_target_": _TOP_K, "top_k": top_k}
-    if score == "sigmoid":
-        router |= {"score": "sigmoid", "renormalise": top_k > 1}
-    else:
-        router |= {"score": "softmax" if pre else "softmax_after", "renormalise": False}
-    if fields.get("moe_router_topk_scaling_factor"):
-        router["scale"] = fields.real("moe_router_topk_scaling_factor")
-    groups = fields.whole_or_none("moe_router_num_groups", 1)
-    if groups is not None and groups > 1 and fields.get("moe_router_group_topk"):
-        best = fields.whole("moe_router_group_topk", 1)
-        counted = top_k // best
-        if counted not in (1, 2):
-            raise fields.refusal(
-                "moe_router_group_topk", f"{top_k} or {top_k // 2}: a group's best expert, or two best"
-            )
-        router |= {"num_groups": groups, "top_groups": best, "group_score": ("max", "top2_sum")[counted - 1]}
-    if fields.flag("moe_router_enable_expert_bias"):
-        router["bias_rate"] = fields.real("moe_router_bias_update_rate")
-    if fields.flag("add_bias_linear"):
-        router["gate_bias"] = True
-    for field, ours in (("moe_z_loss_coeff", "z_loss"), ("moe_input_jitter_eps", "jitter")):
-        if fields.get(field):
-            router[ours] = fields.real(field)
-    return router | _read_balance(fields)
-
-
-def _read_balance(fields: ConfigJson) -> dict[str, float]:
-    kinds, rates = fields.get("moe_router_load_balancing_type"), fields.get("moe_aux_loss_coeff")
-    kinds = kinds if isinstance(kinds, list) else [kinds]
-    rates = rates if isinstance(rates, list) else [rates] * len(kinds)
-    read: dict[str, float] = {}
-    for kind, rate in zip(kinds, rates):
-        if kind not in (*_BALANCE, "none", None):
-            raise fields.refusal("moe_router_load_balancing_type", f"{', '.join(_BALANCE)}, none")
-        if kind in _BALANCE and rate:
-            read[_BALANCE[kind]] = float(rate)
-    return read
-
-
 def _read_window(fields: ConfigJson, layers: int) -> dict[str, Any]:
     window, skip = fields.get("window_size"), fields.get("window_attn_skip_freq")
     if not window:
@@ -232,7 +184,7 @@ def _write_experts(plan: ModelPlan, fields: dict[str, Any]) -> dict[str, Any]:
         "num_moe_experts": config.num_experts,
         "moe_ffn_hidden_size": config.expert_width,
         "moe_grouped_gemm": True,
-        **_write_router(plan),
+        **write_router(plan),
     }
     if len(plan.moe_layers) < config.layers:
         fields["moe_layer_freq"] = [int(config.is_moe(layer)) for layer in range(config.layers)]
@@ -242,48 +194,10 @@ def _write_experts(plan: ModelPlan, fields: dict[str, Any]) -> dict[str, Any]:
     return experts
 
 
-def _write_router(plan: ModelPlan) -> dict[str, Any]:
-    scores = ("softmax", "sigmoid", "softmax_after")
-    free = dict.fromkeys(("scale", "num_groups", "gate_bias", "bias_rate"), ...)
-    router = demand_router(NAME, plan, scores, **free)
-    top_k, score, renormalise = router["top_k"], router["score"], router["renormalise"]
-    after = score == "softmax_after" or (score == "softmax" and renormalise)
-    if score == "sigmoid" and renormalise != (top_k > 1):
-        raise Misfit(NAME, "router.renormalise", renormalise, f"{str(top_k > 1).lower()} with sigmoid, top_k={top_k}")
-    if after and top_k == 1:
-        raise Misfit(NAME, "router.renormalise", renormalise, "false with top_k=1, and score=softmax")
-    if router["bias_rate"] is not None and score != "sigmoid":
-        raise Misfit(NAME, "router.bias_rate", router["bias_rate"], f"null with score={score}, or score=sigmoid")
-    fields: dict[str, Any] = {
-        "moe_router_topk": top_k,
-        "moe_router_score_function": "sigmoid" if score == "sigmoid" else "softmax",
-        "moe_router_pre_softmax": score == "softmax" and not after,
-        "moe_router_dtype": "fp32",
-        "moe_router_enable_expert_bias": router["bias_rate"] is not None,
-    }
-    if router["bias_rate"] is not None:
-        fields["moe_router_bias_update_rate"] = router["bias_rate"]
-    if router["scale"] != 1.0:
-        fields["moe_router_topk_scaling_factor"] = router["scale"]
-    if router["num_groups"] > 1:
-        counted = {"max": 1, "top2_sum": 2}[router["group_score"]]
-        if top_k // router["top_groups"] != counted or (counted == 2 and score == "softmax" and after):
-            allowed = f"max with top_groups={top_k}, or top2_sum with top_groups={top_k // 2} and score=sigmoid"
-            raise Misfit(NAME, "router.group_score", router["group_score"], allowed)
-        fields |= {"moe_router_num_groups": router["num_groups"], "moe_router_group_topk": router["top_groups"]}
-    balance = {kind: router[ours] for kind, ours in _BALANCE.items() if router[ours]}
-    fields["moe_router_load_balancing_type"] = list(balance) if len(balance) > 1 else next(iter(balance), "none")
-    fields["moe_aux_loss_coeff"] = list(balance.values()) if len(balance) > 1 else next(iter(balance.values()), 0.0)
-    for field, ours in (("moe_z_loss_coeff", "z_loss"), ("moe_input_jitter_eps", "jitter")):
-        if router[ours]:
-            fields[field] = router[ours]
-    return fields
-
-
 def _write_biases(plan: ModelPlan, expert_bias: bool) -> dict[str, bool]:
     """They have biases on queries, keys and values alone, or on every matrix, the router's included."""
     config = plan.config
-    gate_bias = plan.is_moe and completed_router(plan)["gate_bias"]
+    gate_bias = plan.is_moe and completed(TopKRouter, plan.router)["gate_bias"]
     others = {
         "model.attention_output_bias": config.attention_output_bias,
         "experts.bias": expert_bias,
@@ -296,13 +210,6 @@ def _write_biases(plan: ModelPlan, expert_bias: bool) -> dict[str, bool]:
         name = next(name for name, value in others.items() if value)
         raise Misfit(NAME, name, True, "false, or biases on every matrix of a model without dense MLPs")
     return {"add_bias_linear": True, "add_qkv_bias": True}
-
-
-def completed_router(plan: ModelPlan) -> Mapping[str, Any]:
-    """Settings of a top-k router, those not given included."""
-    from ...routers.top_k import TopKRouter
-
-    return completed(TopKRouter, plan.router)
 
 
 def _has_dense(plan: ModelPlan) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from ...blocks import LinearScaling, Llama3Scaling
@@ -49,7 +50,7 @@ def write_positions(model_type: str, config: ModelConfig) -> dict[str, Any]:
         "position_embedding_type": "rope",
         "max_sequence_length": config.max_positions,
         "rotary_base": int(config.rope_theta) if config.rope_theta == int(config.rope_theta) else config.rope_theta,
-        "rotary_percent": config.turned_width / config.head_size,
+        "rotary_percent": _percent(config.turned_width, config.head_size),
         "rope_scaling": False,
     }
     if isinstance(scaling, LinearScaling):
@@ -62,3 +63,9 @@ def write_positions(model_type: str, config: ModelConfig) -> dict[str, Any]:
     elif scaling is not None:
         raise Misfit(model_type, "model.rope_scaling", type(scaling).__name__, "null, LinearScaling, Llama3Scaling")
     return fields
+
+
+def _percent(turned: int, width: int) -> float:
+    """They cut the product down to a whole number, so rounding must not take it below."""
+    percent = turned / width
+    return percent if int(width * percent) == turned else math.nextafter(percent, 1.0)

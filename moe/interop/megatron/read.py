@@ -14,11 +14,13 @@ from ....parallel.checkpoint.distributed import open_distributed
 from ....parallel.checkpoint.lazy import LazyTensor, narrow
 from ...build import ModelPlan
 from ...data.tokenizer import Tokenizer, tokenizer_from
+from ..huggingface.misfit import demand_experts
 from ..scatterfold import DESCRIPTION, read_description
 from ..stored import GROUPS, StoredModel, wanted_shapes
 from .describe import described_groups, find_fields, groups_of
 from .keys import plain_view
 from .locate import find_weights
+from .router import NAME
 from .rules import EMBEDDING, HEAD, megatron_rules
 from .safe import read_common, read_index
 
@@ -45,6 +47,8 @@ def open_megatron(folder: Path, describe: str | Path | None = None) -> StoredMod
     if describe is not None:
         groups = described_groups(describe)
         plan = ModelPlan.from_config(groups)
+        if plan.is_moe:
+            demand_experts(NAME, plan, bias=...)
     else:
         if (weights / DESCRIPTION).is_file():
             own = read_description(weights)

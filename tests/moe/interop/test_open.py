@@ -47,6 +47,8 @@ def test_what_was_written_is_told_by_its_content(mixture, tmp_path, to):
     tokens = torch.arange(12)[None] * 7 % 61
     with torch.no_grad():
         torch.testing.assert_close(opened.build()(tokens), mixture.build()(tokens), rtol=0, atol=1e-6)
+    for inner in (tmp_path / "folder").glob("release"):  # where Megatron's tensors lie
+        assert open_model(inner).format == to
 
 
 def test_a_folder_that_holds_no_model_says_what_was_looked_for(tmp_path):

@@ -14,7 +14,11 @@ ROUTERS = "scatterfold.moe.routers"
 
 def make(router=None, experts=None, tensors=None, seed=0, **model):
     """A model whose tensors are random numbers, its norms and router of a size that makes experts differ."""
-    router = {"_target_": f"{ROUTERS}.TopKRouter", "top_k": 2, **(router or {})}
+    router = dict(router or {})
+    if "threshold" in router:
+        router["_target_"] = f"{ROUTERS}.ThresholdRouter"
+    else:
+        router = {"_target_": f"{ROUTERS}.TopKRouter", "top_k": 2, **router}
     config = {
         "model": {
             **{"vocab_size": 31, "layers": 2, "width": 16, "heads": 4, "ffn_width": 24, "expert_width": 12},

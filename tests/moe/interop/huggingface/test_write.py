@@ -158,8 +158,16 @@ MISFITS = [
     (
         "llama",
         groups({**DENSE, "attention_bias": True}),
-        "model.attention_bias=true does not fit llama, allowed: false",
+        "model.attention_output_bias=false does not fit llama, allowed: true",
     ),
+    ("qwen2", groups(DENSE), "model.attention_bias=false does not fit qwen2, allowed: true"),
+    (
+        "mistral",
+        groups({**DENSE, "sliding_window": 7, "window_layers": [0]}),
+        "model.window_layers=[0] does not fit mistral, allowed: null",
+    ),
+    ("llama", groups({**DENSE, "rotary_width": 4}), "model.rotary_width=4 does not fit llama, allowed: null"),
+    ("llama", groups({**DENSE, "attention_sinks": True}), "model.attention_sinks=true does not fit llama"),
     ("llama", groups({**DENSE, "sliding_window": 7}), "model.sliding_window=7 does not fit llama, allowed: null"),
     ("llama", groups({**DENSE, "activation": "relu2"}), "model.activation=relu2 does not fit llama, allowed: geglu"),
     ("mixtral", groups(DENSE), "model.num_experts=0 does not fit mixtral, allowed: 2 or more"),
