@@ -41,7 +41,7 @@ def choices_of_folder(hydra: Hydra, request: Request) -> Iterator[tuple[str, ...
     groups = groups_of(source, Path(run_dir) if isinstance(run_dir, str) else None)
     taken = [group for group in GROUPS if not stated.chooses(group)]
     words = [f"{group}={KEY}" for group in taken]
-    if stated.value("data.tokenizer") in (None, "bytes") and not stated.types("data.tokenizer"):
+    if stated.value("data.tokenizer") in (None, "bytes") and not stated.is_typed("data.tokenizer"):
         words += [f"data.{key}={_quoted(value)}" for key, value in groups["data"].items() if value is not None]
     store = ConfigStore.instance()
     for group in taken:
@@ -82,7 +82,7 @@ class _Stated:
         typed = {o.get_key_element().lstrip("+"): o.value() for o in parsed if not o.is_sweep_override()}
         return cls(typed, choices, files)
 
-    def types(self, key: str) -> bool:
+    def is_typed(self, key: str) -> bool:
         """Whether the command line gives a value."""
         return key in self._typed or key in self._choices
 
@@ -92,7 +92,7 @@ class _Stated:
 
     def value(self, key: str) -> Any:
         """The value of a key; None if nothing gives it, or a sweep varies it."""
-        if self.types(key):
+        if self.is_typed(key):
             return self._typed.get(key)
         found = None
         for package, body in self._files:
@@ -108,7 +108,8 @@ def _constant(parsed: Sequence[Override]) -> list[str]:
 
 
 def _body(hydra: Hydra, default: ResultDefault) -> DictConfig:
-    loaded = None if default.config_path is None else hydra.config_loader.repository.load_config(default.config_path)
+    repository = hydra.config_loader.repository  # type: ignore[attr-defined]
+    loaded = None if default.config_path is None else repository.load_config(default.config_path)
     return loaded.config if loaded is not None and isinstance(loaded.config, DictConfig) else OmegaConf.create({})
 
 

@@ -48,7 +48,7 @@ def messages(job: Job, rank: int = 0) -> list[Message]:
 
 
 def volume(job: Job, ranks_per_node: int) -> dict[str, dict[str, float]]:
-    """By kind, bytes that a rank sends `inside` of its machine and `between` machines; mean over the pipeline's ranks."""
+    """By kind, bytes that a rank sends `inside` of its machine and `between` machines; mean over all ranks."""
     found = {kind: {"inside": 0.0, "between": 0.0} for kind in KINDS}
     for rank in range(job.layout.pp):
         for message in messages(job, rank):
@@ -67,7 +67,7 @@ def _weights(job: Job, rank: int) -> Iterator[Message]:
     manage is summed over the ranks that have a part of it.
     """
     inventory, precision = job.workload.inventory, job.workload.plan.trainer.precision
-    placed = {kind: [held(p, job.layout, precision) for p in parameters] for kind, parameters in _kinds(job)}
+    placed = [[held(p, job.layout, precision) for p in parameters] for parameters in inventory.kinds]
     ends = [*(inventory.first if job.has_first(rank) else ()), *(inventory.last if job.has_last(rank) else ())]
     totals: dict[tuple[str, str, str, bool], float] = {}
     units: dict[tuple[str, str, str, bool], float] = {}
@@ -83,13 +83,13 @@ def _weights(job: Job, rank: int) -> Iterator[Message]:
 
     for part in job.parts(rank):
         gathers = _gathers(job, rank)
-        for kind, items in placed.items():
+        for kind, items in enumerate(placed):
             add(items, sum(job.kind(layer) == kind for layer in part), gathers)
     add([held(p, job.layout, precision) for p in ends], 1, 1.0 if job.layout.pp > 1 else float(job.micro_batches))
     for (kind, group, collective, once), size in totals.items():
         hides = "step" if kind.startswith("fsdp") else "backward" if job.by_ddp else ""
         count = units[kind, group, collective, once]
-        if kind == "all-reduce" and not job.workload.plan.engine.bucket_mb == 0:
+        if kind == "all-reduce":
             count = max(1.0, size / 2 / (job.workload.plan.engine.bucket_mb * 2**20))
         yield Message(kind, group, collective, size, count, hides, once)
 
@@ -127,10 +127,6 @@ def _gathers(job: Job, rank: int) -> float:
         count += not gathered
         gathered = action == "B"
     return float(count)
-
-
-def _kinds(job: Job) -> Iterator[tuple[int, tuple]]:
-    yield from enumerate(job.workload.inventory.kinds)
 
 
 def _tensor_parallel(job: Job, rank: int) -> Iterator[Message]:

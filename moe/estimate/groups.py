@@ -39,7 +39,7 @@ def span(layout: ResolvedLayout, name: str, ranks_per_node: int) -> Span:
 
 
 def stride_and_size(layout: ResolvedLayout, name: str) -> tuple[int, int]:
-    """A group is the ranks r, r + stride, … of `size` members: one digit, or neighbouring digits, of the rank's number."""
+    """A group is the ranks r, r + stride, …, `size` of them: neighbouring digits of a rank's number in its grid."""
     shards, slices = layout.dp_shard * layout.cp, layout.ep * layout.etp
     return {
         "pp": (layout.stage, layout.pp),

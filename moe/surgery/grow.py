@@ -74,8 +74,8 @@ def grow(mixture: Mixture, copies: Copies, noise: Noise, top_k: int | None = Non
     A copy has the row of its expert, so both score the same, and are chosen one after the other. Where every expert has
     c copies and a token takes c times as many as before (`top_k=None`), the same experts are chosen, each c times, and
     the output is what it was: renormalised weights are c times smaller each, as are those of a softmax over c times as
-    many experts, and of raw sigmoid scores `scale` becomes c times smaller. A threshold router takes all or none of equal
-    experts, up to `max_experts`. Otherwise copies take the places of other experts, and the output changes.
+    many experts, and of raw sigmoid scores `scale` becomes c times smaller. A threshold router takes all or none of
+    equal experts, up to `max_experts`. Otherwise copies take the places of other experts, and the output changes.
 
     Args:
         copies: by layer, as `copies_of` says.

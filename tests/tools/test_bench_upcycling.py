@@ -2,12 +2,14 @@
 
 import json
 import shutil
+from functools import partial
 
 import pytest
 import torch
 
 from scatterfold.moe.generate import generate
 from scatterfold.moe.training.load import load_model
+from scatterfold.tools.bench.upcycling import run as command
 from scatterfold.tools.bench.upcycling.arms import COARSE, FINE
 from scatterfold.tools.bench.upcycling.plan import steps_within
 from scatterfold.tools.bench.upcycling.results import crossing, curve_crossing, gains, summarise
@@ -38,7 +40,9 @@ def bench(corpus):
 def whole(bench, tmp_path_factory):
     """The folder of one whole comparison; do not change it."""
     output = tmp_path_factory.mktemp("upcycling") / "toy"
-    assert bench(output, "extra=1") == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(command, "measure", partial(command.measure, rounds=1))
+        assert bench(output, "extra=1") == 0
     return output
 
 

@@ -79,7 +79,7 @@ def read_index(folder: Path) -> Metadata:
     except CheckpointError:
         raise
     except Exception as error:  # a damaged pickle raises almost anything
-        raise CheckpointError(f"{file} is damaged: {str(error).splitlines()[0] if str(error) else error!r}") from None
+        raise CheckpointError(f"{file} is damaged: {_line(error)}") from None
     return index
 
 
@@ -102,7 +102,7 @@ def read_common(folder: Path, index: Metadata) -> Mapping[str, Any]:
             return {}
         return common if isinstance(common, Mapping) else {}
     except Exception as error:  # torch.load raises almost anything
-        raise CheckpointError(f"{file} is damaged: {str(error).splitlines()[0] if str(error) else error!r}") from None
+        raise CheckpointError(f"{file} cannot be read: {_line(error)}") from None
 
 
 def load_inert(data: bytes) -> Any:
@@ -115,3 +115,9 @@ def load_inert(data: bytes) -> Any:
     stand_ins = [(plain.get(name, Inert), name) for name in unknown]
     with torch.serialization.safe_globals([*plain.values(), Inert, *stand_ins]):
         return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+
+
+def _line(error: Exception) -> str:
+    """The line of an error that says what is wrong; torch puts advice before it."""
+    text = str(error).partition("WeightsUnpickler error: ")
+    return next(iter((text[2] or text[0]).splitlines()), "") or repr(error)

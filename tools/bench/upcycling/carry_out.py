@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -13,7 +14,7 @@ from ....moe.training.resume import flatten
 from ....moe.training.run import train
 from ....parallel.checkpoint import checkpoints, newest_checkpoint
 from .arms import ARMS
-from .plan import Experiment, Run, branch_step
+from .plan import Experiment, Run
 
 # What does not change what is trained.
 FREE = (
@@ -70,15 +71,13 @@ def check_same(run: Run) -> None:
             )
 
 
-def start_of(experiment: Experiment, run: Run, base: Run, runs: list[Run]) -> Mapping[str, str]:
+def start_of(experiment: Experiment, run: Run, base: Run, runs: Sequence[Run]) -> Mapping[str, str]:
     """What a run begins with, as init_from or resume; a run that was interrupted goes on by itself."""
     if newest_checkpoint(run.folder / "checkpoints") is not None or run is base:
         return {}
-    longest = next(other for other in runs if other.arm == run.arm)
-    saved = {meta["step"]: path for path, meta in checkpoints(longest.folder / "checkpoints")}
-    step = None if run is longest else branch_step(run, list(saved))
-    if step is not None:
-        return {"resume": str(saved[step])}
+    shared = shared_checkpoint(run, [other for other in runs if other.arm == run.arm and other is not run])
+    if shared is not None:
+        return {"resume": str(shared)}
     arm = ARMS[run.arm]
     if not arm.continues:
         return {}
@@ -89,6 +88,17 @@ def start_of(experiment: Experiment, run: Run, base: Run, runs: list[Run]) -> Ma
     start = experiment.start(run.arm, run.seed)
     make_start(arm.experts, arm.method, base.folder, start, run.seed)
     return {"init_from": str(start)}
+
+
+def shared_checkpoint(run: Run, others: Sequence[Run]) -> Path | None:
+    """The last checkpoint of other runs of the same arm and seed before which nothing differs from this run."""
+    shared: dict[int, Path] = {}
+    for other in others:
+        until = min(run.stable_steps, other.stable_steps)
+        shared |= {
+            meta["step"]: path for path, meta in checkpoints(other.folder / "checkpoints") if meta["step"] <= until
+        }
+    return shared[max(shared)] if shared else None
 
 
 def _train(run: Run, start: Mapping[str, str]) -> None:

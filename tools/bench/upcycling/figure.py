@@ -14,7 +14,7 @@ from matplotlib.ticker import MultipleLocator
 
 from .arms import ARMS, DENSE, FINE_GRAINED, SCRATCH, SCRATCH_FINE, SPARSE
 from .plan import BASE
-from .results import gains, mean_curve, of_arm
+from .results import Curve, gains, mean_curve, of_arm
 
 # Okabe and Ito's colours that people who confuse colours can tell apart, and a mark and a line for each arm besides.
 STYLES = {
@@ -44,22 +44,27 @@ def _draw_curves(axes: Axes, records: Sequence[dict[str, Any]], arm: str) -> Non
     """Of the longest run what it does at the peak rate, of every run how it decays."""
     color, mark, line = STYLES[arm]
     runs = of_arm(records, arm)
-    whole = of_arm(records, arm, total=True) or runs
-    start = _start(records) if ARMS[arm].continues else None
     if runs:
-        entries = list(whole.values())[-1]
-        x, y, low, high = _over_seeds(entries, min(entries[0]["stable_until"], max(runs)))
-        if start is not None:
-            x, y, low, high = (np.append(point, rest) for point, rest in zip((0.0, *start), (x, y, low, high)))
+        longest = list((of_arm(records, arm, total=True) or runs).values())[-1]
+        trunk = _over_seeds(longest, min(longest[0]["stable_until"], max(runs)))
+        if ARMS[arm].continues and (start := _start(records)):
+            trunk = tuple(np.append(point, rest) for point, rest in zip((0.0, *start), trunk))
+        x, y, low, high = trunk
         axes.plot(x, y, color=color, linestyle=line, linewidth=1.7)
         axes.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0)
-    for entries in runs.values():
-        x, y, *_ = _over_seeds(entries)
-        if len(x):
-            first = max(0, int(np.searchsorted(x, entries[0]["stable_until"] + 1e-9)) - 1)
-            axes.plot(x[first:], y[first:], color=color, linestyle=line, linewidth=0.9, alpha=0.75)
-            axes.plot(x[-1], y[-1], color=color, marker=mark, markersize=6.5, linestyle="", zorder=4)
+        for entries in runs.values():
+            tail_x, tail_y = _tail(entries, x, y)
+            axes.plot(tail_x, tail_y, color=color, linestyle=line, linewidth=0.9, alpha=0.75)
+            axes.plot(tail_x[-1:], tail_y[-1:], color=color, marker=mark, markersize=6.5, linestyle="", zorder=4)
     axes.plot([], [], color=color, marker=mark, linestyle=line, label=ARMS[arm].label)
+
+
+def _tail(entries: Sequence[dict[str, Any]], trunk_x: np.ndarray, trunk_y: np.ndarray) -> Curve:
+    """What a run does alone, from the last evaluation that it shares with the longest run."""
+    x, y = mean_curve(entries)
+    shared = trunk_x <= entries[0]["stable_until"] + 1e-9
+    own = x > trunk_x[shared].max(initial=-1.0)
+    return np.append(trunk_x[shared][-1:], x[own]), np.append(trunk_y[shared][-1:], y[own])
 
 
 def _over_seeds(entries: Sequence[dict[str, Any]], until: float | None = None) -> tuple[np.ndarray, ...]:

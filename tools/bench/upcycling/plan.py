@@ -4,8 +4,8 @@
     OUTPUT/seed-S/ARM/start             the upcycled weights of an arm
     OUTPUT/seed-S/ARM/extra-B           training it with B times the FLOPs of the dense training
 
-The rate of a run warms up, stays at its peak and decays over its last fifth. So all runs of one arm and seed are the
-same until the shorter one decays: the longest is trained as a whole, and the others go on from one of its checkpoints.
+The rate of a run warms up, stays at its peak and decays over its last fifth. So two runs of one arm and
+seed are the same until the shorter one decays, and share that part: one goes on from a checkpoint of the other.
 """
 
 from __future__ import annotations
@@ -136,11 +136,6 @@ class Experiment:
 def steps_within(flops: float, flops_per_step: float) -> int:
     """Whole steps that a budget pays for, never more."""
     return math.floor(flops / flops_per_step * (1 + 1e-12))  # 0.3 x 1000 steps are 300, not 299
-
-
-def branch_step(run: Run, saved: Sequence[int]) -> int | None:
-    """The last of the steps, at which a longer run of the same arm was saved, that this run has in common with it."""
-    return max((step for step in saved if step <= run.stable_steps), default=None)
 
 
 def changed(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

@@ -185,33 +185,6 @@ def megatron(for_cpu):
 
 
 @pytest.fixture
-def in_two_ranks(for_cpu, tmp_path):
-    """`in_two_ranks(action, **layout)`: `action(megatron, rank)` in two processes, forked from this one."""
-    import os
-    import traceback
-
-    def run(action, **layout):
-        children = []
-        for rank in range(2):
-            child = os.fork()
-            if child == 0:
-                code = 1
-                try:
-                    store = dist.FileStore(str(tmp_path / "store"), 2)
-                    with ranks(store, rank, 2, **layout) as core:
-                        action(core, rank)
-                    code = 0
-                except BaseException:
-                    traceback.print_exc()
-                finally:
-                    os._exit(code)
-            children.append(child)
-        assert [os.waitpid(child, 0)[1] for child in children] == [0, 0]
-
-    return run
-
-
-@pytest.fixture
 def base():
     return BASE
 

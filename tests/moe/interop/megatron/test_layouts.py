@@ -7,6 +7,7 @@ import pickle
 import subprocess
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +17,8 @@ from scatterfold.kernels import CheckpointError, ConfigError, DataError
 from scatterfold.moe.interop.megatron import is_megatron, open_megatron, write_megatron
 from scatterfold.moe.interop.open import open_model
 from scatterfold.moe.interop.write import write_model
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
 LAYOUTS = {"stacked": None, "layers": {"non_homogeneous_layers": True}, "singletons": {"singleton_local_shards": True}}
 SHARED = {"moe_shared_expert_intermediate_size": 20, "num_query_groups": 2}
@@ -49,22 +52,19 @@ def test_every_layout_of_keys_holds_the_same(megatron, fields, tmp_path, layout,
     values(open_megatron(other), open_megatron(plain))
 
 
-@pytest.mark.parametrize("name", ["expert", "tensor"])
-def test_what_two_ranks_saved_is_the_same(in_two_ranks, fields, tmp_path, name, values):
-    """Each rank holds half of the experts, or half of every matrix, loaded from a checkpoint of ours and saved again."""
-    layout = {f"{name}_model_parallel_size": 2}
+@pytest.mark.distributed
+def test_what_two_ranks_saved_is_the_same(fields, tmp_path, values):
+    """Each rank holds half of the experts, or half of every matrix, loaded from ours and saved again."""
+    layouts = ("expert_model_parallel_size", "tensor_model_parallel_size")
     stored = open_megatron(describe_and_write(fields, tmp_path))
-
-    def action(megatron, rank):
-        model = megatron.build(fields, seed=rank + 1, moe_token_dispatcher_type="alltoall", **layout)
-        megatron.save(
-            megatron.load(model, tmp_path / "out/release"), tmp_path / "two", {"non_homogeneous_layers": True}
-        )
-
-    in_two_ranks(action, **layout)
-    two = describe(tmp_path / "two", fields)
-    assert {file.name for file in two.glob("*.distcp")} >= {"__0_0.distcp", "__1_0.distcp"}
-    values(open_megatron(two), stored)
+    script = Path(__file__).with_name("two_ranks.py")
+    words = [script, json.dumps(fields), tmp_path / "out/release", tmp_path, *layouts]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, *words], check=True, env=environment, timeout=200)
+    for layout in layouts:
+        two = describe(tmp_path / layout, fields)
+        assert {file.name for file in two.glob("*.distcp")} >= {"__0_0.distcp", "__1_0.distcp"}
+        values(open_megatron(two), stored)
 
 
 def describe_and_write(fields, tmp_path):
@@ -159,9 +159,9 @@ def arguments(fields):
 def test_the_arguments_of_megatron_lm_describe_it(megatron, fields, tmp_path, monkeypatch):
     from megatron.core import dist_checkpointing
 
-    monkeypatch.setattr(torch.serialization, "_legacy_save", None, raising=False)
     model = megatron.build({**fields, "rotary_base": 900})
-    common = {"args": arguments(fields), "iteration": 7, "checkpoint_version": 3.0}
+    given = arguments(fields)
+    common = {"args": given, "iteration": 7, "checkpoint_version": 3.0}
     folder = megatron.save(model, tmp_path / "lm/iter_0000007", None, **common)
     (tmp_path / "lm/latest_checkpointed_iteration.txt").write_text("7\n")
     monkeypatch.delattr(sys.modules[__name__], "Backend")  # nobody can import it any more
@@ -171,10 +171,12 @@ def test_the_arguments_of_megatron_lm_describe_it(megatron, fields, tmp_path, mo
     tokens = torch.arange(24).view(2, 12)
     torch.testing.assert_close(stored.build()(tokens), megatron.logits(model, tokens), rtol=1e-4, atol=1e-4)
 
+    arguments_without_classes = {name: value for name, value in vars(given).items() if name != "attention_backend"}
+
     # Newer releases keep the same in an object among the tensors.
     from megatron.core.dist_checkpointing.mapping import ShardedObject
 
-    common = {"args": types.SimpleNamespace(**vars(arguments_without_classes(fields))), "iteration": 9}
+    common = {"args": types.SimpleNamespace(**arguments_without_classes), "iteration": 9}
     newer = tmp_path / "newer"
     newer.mkdir()
     state = {**model.sharded_state_dict(), "common": ShardedObject("common_state", common, (1,), (0,))}
@@ -183,11 +185,6 @@ def test_the_arguments_of_megatron_lm_describe_it(megatron, fields, tmp_path, mo
     again = open_megatron(newer).checked()
     assert again.step == 9 and again.config == stored.config
     assert folder.is_dir()
-
-
-def arguments_without_classes(fields):
-    given = vars(arguments(fields))
-    return argparse.Namespace(**{name: value for name, value in given.items() if name != "attention_backend"})
 
 
 def test_the_run_config_of_megatron_bridge_describes_it(megatron, fields, tmp_path):
@@ -268,18 +265,16 @@ def test_ranks_write_the_same_bytes_as_one(fields, tmp_path):
     assert folders[0] == folders[1] and len(folders[0]) > 8
 
 
-def test_reading_and_writing_need_nothing_of_megatron(fields, tmp_path):
+def test_reading_and_writing_need_nothing_of_megatron(fields, tmp_path, monkeypatch):
+    for name in ["megatron", *sys.modules]:
+        if name.partition(".")[0] == "megatron":
+            monkeypatch.setitem(sys.modules, name, None)  # its import fails
     source = describe_and_write(fields, tmp_path)
-    code = (
-        "import sys, pathlib; sys.modules['megatron'] = None\n"
-        "from scatterfold.moe.interop.megatron import open_megatron, write_megatron\n"
-        "source, out = map(pathlib.Path, sys.argv[1:]); out.mkdir()\n"
-        "write_megatron(open_megatron(source).checked(), out, 2**20)\n"
-    )
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, "-c", code, source, tmp_path / "copy"], check=True, env=environment, timeout=100)
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    write_megatron(open_megatron(source).checked(), copy, 2**20)
     for file in ("__0_0.distcp", ".metadata"):
-        assert (tmp_path / "copy/release" / file).read_bytes() == (source / "release" / file).read_bytes()
+        assert (copy / "release" / file).read_bytes() == (source / "release" / file).read_bytes()
 
 
 # Refusals
@@ -287,22 +282,36 @@ def test_reading_and_writing_need_nothing_of_megatron(fields, tmp_path):
 
 class Bomb:
     def __reduce__(self):
-        return os.system, (f"touch {Bomb.target}",)
+        return Bomb.call, (str(Bomb.target),)
 
 
-@pytest.mark.parametrize("where", ["common.pt", ".metadata"])
-def test_nothing_in_a_pickle_runs(fields, tmp_path, where):
+def touch(path):
+    Path(path).touch()
+
+
+@pytest.mark.parametrize("call", [touch, os.mkdir])
+def test_nothing_in_the_arguments_runs(fields, tmp_path, call):
+    """What is no class of torch's is never imported, and what may be harmful not even passed over."""
     weights = describe_and_write(fields, tmp_path) / "release"
-    Bomb.target = tmp_path / "ran"
-    if where == "common.pt":
-        torch.save({"args": Bomb(), "iteration": 5}, weights / where)
-        (weights / "scatterfold.json").unlink()
+    (weights / "scatterfold.json").unlink()
+    Bomb.target, Bomb.call = tmp_path / "ran", staticmethod(call)
+    torch.save({"args": Bomb(), "iteration": 5}, weights / "common.pt")
+    if call is touch:
         assert open_megatron(weights).step == 5
     else:
-        index = pickle.loads((weights / where).read_bytes())
-        index.planner_data = Bomb()
-        (weights / where).write_bytes(pickle.dumps(index))
-        open_megatron(weights).checked()
+        with pytest.raises(CheckpointError, match="common.pt cannot be read: .* GLOBAL posix.mkdir"):
+            open_megatron(weights)
+    assert not Bomb.target.exists()
+
+
+@pytest.mark.parametrize("call", [touch, os.mkdir])
+def test_nothing_in_the_index_runs(fields, tmp_path, call):
+    weights = describe_and_write(fields, tmp_path) / "release"
+    Bomb.target, Bomb.call = tmp_path / "ran", staticmethod(call)
+    index = pickle.loads((weights / ".metadata").read_bytes())
+    index.planner_data = Bomb()
+    (weights / ".metadata").write_bytes(pickle.dumps(index))
+    open_megatron(weights).checked()
     assert not Bomb.target.exists()
 
 
@@ -415,7 +424,7 @@ def change(out, **fields):
         (lose_index, ".metadata is missing"),
         (damage_index, ".metadata is damaged"),
         (lose_file, "__0_0.distcp is missing, but .* names it"),
-        (damage_common, "common.pt is damaged"),
+        (damage_common, "common.pt cannot be read"),
         (make_old, "is a checkpoint of Megatron's old format"),
         (lose_layer, "lacks decoder.layers.2.input_layernorm.weight, allowed: a checkpoint with all tensors"),
         (lose_experts, "lacks decoder.layers.0.mlp.linear_fc1.weight"),

@@ -8,6 +8,8 @@ import torch
 from scatterfold.kernels import ConfigError
 from scatterfold.moe.interop.megatron import is_megatron, open_megatron, write_megatron
 
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # of torch, about what Megatron calls
+
 DENSE = {
     "plain": {},
     "groups": {"num_query_groups": 2, "kv_channels": 6},
