@@ -10,7 +10,7 @@ from torch import Tensor
 from .rows import gather
 
 _HALF = (torch.bfloat16, torch.float16)
-_CHUNK_BYTES = 4 << 20  # of the widest buffer of a chunk of several experts
+CHUNK_BYTES = 4 << 20  # of the widest buffer of a chunk of several experts
 _TALLEST_FULL_PRECISION = 96  # rows of an expert: beyond, a GEMM of its own is faster than a batch with empty rows
 
 
@@ -61,7 +61,7 @@ def split(offsets: list[int], widest: int, dtype: torch.dtype, batch: bool) -> l
         batch: whether a chunk may have several experts.
     """
     half = dtype in _HALF
-    limit = _CHUNK_BYTES // (widest * dtype.itemsize) if batch else 0
+    limit = CHUNK_BYTES // (widest * dtype.itemsize) if batch else 0
     chunks: list[Chunk] = []
     for expert, (start, end) in enumerate(zip(offsets, offsets[1:])):
         if start == end:

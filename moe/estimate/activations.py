@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ...kernels import is_gated
+from ...kernels.cpu.chunks import CHUNK_BYTES
 from .job import Job
 
 
@@ -158,17 +159,23 @@ def backward_buffers(job: Job, layer: int) -> float:
     hidden    the gradient that comes in, and that of the half's input: 8 s D
     attention gradients of q, k, v and of attention's output, w n (2 H + 2 G) W / TP
     dense     gradients of gate, up and product, w n 3 F / TP
-    experts   on a CPU sums by row, in float32 at least, 8 R D; on a GPU gradient rows and a, da, dz: w N (D + 4 F)
+    experts   on a GPU gradient rows and a, da, dz: w N (D + 4 F); on a CPU the same and z for the rows of a chunk, which
+              has up to 4 MiB or one expert, and sums by row, in float32 and as they are returned: 8 R D
     """
     config, layout, width = job.workload.config, job.layout, job.workload.element_bytes
     n = job.cp_tokens
     attention = width * n * 2.0 * (config.heads + config.num_kv_heads) * config.head_size / layout.tp
     if not config.is_moe(layer):
         half = width * n * 3.0 * (config.ffn_width or 0) / layout.tp
-    elif job.workload.device_type == "cpu":
-        half = 8.0 * job.rows * config.width
     else:
-        half = width * job.assignments * (config.width + 4.0 * (config.expert_width or 0) / layout.etp)
+        slice = (config.expert_width or 0) / layout.etp
+        half = width * job.assignments * (config.width + 4.0 * slice)
+        if job.workload.device_type == "cpu":
+            chunk = max(
+                CHUNK_BYTES / (width * max(config.width, 2 * slice)), job.assignments * layout.ep / config.num_experts
+            )
+            half = 8.0 * job.rows * config.width
+            half += width * min(chunk, job.assignments) * (config.width + 6.0 * slice)
     return 8.0 * job.tokens * config.width + max(attention, half)
 
 

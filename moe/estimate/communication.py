@@ -183,7 +183,7 @@ def _dispatch(job: Job, again: bool) -> Iterator[Message]:
     """Rows of a layer to other ranks and their sums back: w D for each remote row, and as much for gradients.
 
     Beside the rows, 8 bytes for each remote assignment forward, and 4 backward. A layer that is recomputed sends its
-    rows again, but not its sums.
+    rows again, but not its sums; of several chunks only those of the last are not sent.
     """
     ranks, width = job.dispatch_ranks, job.workload.element_bytes
     if ranks == 1:
@@ -201,7 +201,8 @@ def _dispatch(job: Job, again: bool) -> Iterator[Message]:
     tables = (12.0 + 8.0 * again) * pairs
     chunks = job.workload.chunks
     yield Message("dispatch", "dispatch", "all_to_all", (2 + again) * rows * row + tables, chunks * (6 + 4 * again))
-    yield Message("combine", "dispatch", "all_to_all", 2 * rows * row, 2 * chunks)
+    back = 2 + again * (chunks - 1) / chunks
+    yield Message("combine", "dispatch", "all_to_all", back * rows * row, back * chunks)
 
 
 def _pipeline(job: Job, rank: int) -> Iterator[Message]:

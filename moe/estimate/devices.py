@@ -16,7 +16,7 @@ COLLECTIVES = ("all_gather", "reduce_scatter", "all_reduce", "all_to_all", "send
 
 @dataclass(frozen=True)
 class Rates:
-    """FLOP per second that are reached in projections and dense MLPs, experts, attention, and the head with its loss."""
+    """FLOP per second that are reached: projections and dense MLPs, experts, attention, and the head with its loss."""
 
     dense: float
     experts: float
@@ -75,8 +75,8 @@ class Device:
         return None if self.memory is None else self.memory - self.reserved
 
 
-# ASSUMED shares of the peak: dense products 0.6, grouped ones 0.4 (measured elsewhere for fused kernels on an H100: 413 of
-# 989 TFLOP/s forward and backward at the experts of Qwen3-30B-A3B), attention 0.35; of memory bandwidth 0.75, of links 0.75.
+# ASSUMED shares of the peak: dense products 0.6, grouped ones 0.4 (fused kernels elsewhere reach 413 of 989 TFLOP/s on an
+# H100, forward and backward at the experts of Qwen3-30B-A3B), attention 0.35; of memory and link bandwidths 0.75.
 _SHARES = {"dense": 0.6, "experts": 0.4, "attention": 0.35, "head": 0.6}
 _REACHED = 0.75
 _RESERVED = 5 * 2**30  # ASSUMED: context 0.5 GiB, communicators 1 to 2 GiB, fragmentation
@@ -109,8 +109,8 @@ def _gpu(
 
 
 # Peaks are dense, links one direction. Memory is what torch reports, a little less than on the label; float32 is without
-# TF32, which training does not switch on. Between machines: one adapter a GPU, 400 Gb/s in DGX H100, H200 and B200, 200
-# Gb/s in DGX A100 (their data sheets).
+# TF32, which training does not switch on. Between machines one adapter a GPU: 400 Gb/s in DGX H100, H200 and B200, and
+# 200 Gb/s in DGX A100 (their data sheets).
 _TABLE = (
     # NVIDIA H100 data sheet, SXM: 66.9 TFLOP/s float32, 3.35 TB/s, NVLink 900 GB/s both ways.
     _gpu("H100", 79, 66.9e12, 3.35e12, 450e9, 50e9, "NVIDIA H100 SXM data sheet"),
@@ -118,7 +118,7 @@ _TABLE = (
     _gpu("H200", 139, 66.9e12, 4.8e12, 450e9, 50e9, "NVIDIA H200 SXM data sheet"),
     # NVIDIA A100 80GB data sheet, SXM: 19.5 TFLOP/s float32, 2,039 GB/s, NVLink 600 GB/s both ways.
     _gpu("A100", 79, 19.5e12, 2.039e12, 300e9, 25e9, "NVIDIA A100 80GB SXM data sheet"),
-    # NVIDIA HGX B200 data sheet, an eighth of the board: 180 GB at 7.7 TB/s, NVLink 1.8 TB/s both ways, 75 TFLOP/s float32.
+    # NVIDIA HGX B200 data sheet, an eighth of the board: 75 TFLOP/s float32, 180 GB at 7.7 TB/s, NVLink 1.8 TB/s.
     _gpu("B200", 178, 75e12, 7.7e12, 900e9, 50e9, "NVIDIA HGX B200 data sheet"),
     # ASSUMED: two threads of a server CPU a rank, messages through memory; `plan calibrate` measures a real one.
     Device(

@@ -83,7 +83,9 @@ class _Walk:
         self.ends, self.whole = state.ends(rank), state.whole(rank)
         self.flight = in_flight(job, rank)
         trainer = job.workload.plan.trainer
-        self.accumulates = job.micro_batches > 1 or job.layout.pp > 1
+        engine = job.workload.plan.engine
+        self.adds = job.micro_batches > 1 or job.layout.pp > 1
+        self.adds_whole = self.adds and not engine.reduce_every_micro_batch
         self.checkpoints = trainer.activation_checkpointing != "none"
         self.offloads = trainer.activation_offload and job.workload.device_type == "cuda"
         self.by_kind = {kind: _Layer(job, kind) for kind in dict.fromkeys(job.kind(layer) for layer in self.layers)}
@@ -106,7 +108,7 @@ class _Walk:
             yield self._reduce(index)
         first = self._state(0).sent if self.layers else 0.0
         yield self._memory("backward of the embedding", 0, 0.0, self.ends.gathered + first, self.ends.largest)
-        yield self._memory("reduction", 0, 0.0, self.ends.sent, 0.0 if self.accumulates else self.ends.fresh)
+        yield self._memory("reduction", 0, 0.0, self.ends.sent, 0.0 if self.adds_whole else self.ends.fresh)
         gradients, bucket = self._ddp or self.whole.gradients, self.job.workload.plan.engine.bucket_mb * 2**20
         message = min(self.whole.summed, max(bucket, self.whole.longest))
         yield Memory(**self._fixed, gradients=gradients, temporary=message, moment="update", rank=self.rank)
@@ -123,7 +125,7 @@ class _Walk:
 
     def _reduce(self, index: int) -> Memory:
         """When FSDP has freed the weights of a layer, and copied its gradients for the message that reduces them."""
-        fresh = 0.0 if self.accumulates else self._state(index).fresh
+        fresh = 0.0 if self.adds_whole else self._state(index).fresh
         weights = self._backward_weights(index - 1) if index else self.ends.gathered + self._state(0).sent
         return self._memory(f"reduction of layer {self.layers[index]}", index, 0.0, weights, fresh)
 
@@ -136,7 +138,7 @@ class _Walk:
             activations=kept.activations + self._tables + self._ends_kept(layers),
             dispatch=kept.dispatch,
             weights=weights,
-            loss=loss,
+            loss=loss + (self._head_gradients * (self.flight - 1) if self._has_head else 0.0),
             temporary=temporary,
             moment=moment,
             rank=self.rank,
@@ -155,8 +157,8 @@ class _Walk:
         """While the backward pass has not reached the first `layers` layers."""
         if self._ddp:
             return self._ddp
-        if self.accumulates:
-            return self.whole.accumulated
+        if self.adds:
+            return self.whole.accumulated + (0.0 if self.adds_whole or not self.ends.fresh else self._head_weight)
         done = self.gradients[-1] - self.gradients[layers]
         return done + (self._head_weight if layers < len(self.layers) else 0.0)
 
@@ -172,7 +174,7 @@ class _Walk:
         """Input of the final norm; in a pipeline, what was handed to the next stage: 4 s D each."""
         hidden = 4.0 * self.job.tokens * self.job.workload.config.width
         if self.job.has_last(self.rank):
-            return hidden if layers == len(self.layers) else 0.0
+            return hidden * (self.flight if layers == len(self.layers) else self.flight - 1)
         return hidden * self.flight
 
     @property
@@ -194,7 +196,7 @@ class _Walk:
 
     @property
     def _head_gradients(self) -> float:
-        """Saved by the loss for its backward pass: of the head, and of the hidden states w n D."""
+        """Saved by the loss of a micro-batch for its backward pass: of the head, and of the hidden states w n D."""
         hidden = self.job.workload.element_bytes * self.job.cp_tokens * self.job.workload.config.width
         return self._head_weight + hidden
 

@@ -124,6 +124,20 @@ def _checked_writer(
     stored: StoredModel, output: Path, to: str, dtype: str | None, max_shard_bytes: int, options: Mapping[str, Any]
 ) -> Writer:
     """What writes the format, after checking all that can be known before any work."""
+    check_request(stored.source, output, to, dtype, max_shard_bytes, **options)
+    stored.checked()
+    return WRITERS[to]()
+
+
+def check_request(
+    source: Path,
+    output: Path,
+    to: str = "scatterfold",
+    dtype: str | None = None,
+    max_shard_bytes: int = 5_000_000_000,
+    **options: Any,
+) -> None:
+    """Raises: ConfigError for what `write_model` would refuse whatever the model is, for those who work before."""
     if to not in WRITERS:
         raise ConfigError(f"to={to} is unknown, allowed: {', '.join(WRITERS)}")
     for name, value in options.items():
@@ -135,10 +149,8 @@ def _checked_writer(
     if max_shard_bytes < 1:
         raise ConfigError(f"max_shard_bytes={max_shard_bytes} is too small, allowed: 1 or more")
     check_new(output)
-    if output.resolve().is_relative_to(stored.source.resolve()):
-        raise ConfigError(f"output={output} lies in its source, {stored.source}, allowed: a folder outside of it")
-    stored.checked()
-    return WRITERS[to]()
+    if output.resolve().is_relative_to(source.resolve()):
+        raise ConfigError(f"output={output} lies in its source, {source}, allowed: a folder outside of it")
 
 
 def _with_dtype(stored: StoredModel, dtype: str | None) -> StoredModel:

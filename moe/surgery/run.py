@@ -14,8 +14,8 @@ from ..interop.folder import check_new
 from ..interop.open import open_model
 from ..interop.probe import probe_tokens, run_layers
 from ..interop.stored import StoredModel
-from ..interop.write import write_model
-from ..upcycle.target import target_of
+from ..interop.write import check_request, write_model
+from ..upcycle.target import architecture_of, target_of
 from .corpus import Corpus, loss_of, open_corpus
 from .mixture import Mixture
 from .operations import Made, Operation
@@ -55,16 +55,18 @@ def operate(job: Job, operation: Operation, tell: Callable[[str], None] = lambda
 
     Raises: ConfigError, CheckpointError or DataError, on every rank, before anything is written.
     """
-    if job.output is not None:
-        output = job.output.expanduser()
-        together(lambda: check_new(output))
+    output = None if job.output is None else job.output.expanduser()
+    if output is not None:
+        together(lambda: check_new(output))  # before checksums are compared
     stored = open_model(job.source)
     mixture = Mixture.of(stored)
     operation.check(mixture, job.data is not None)
     config, to = operation.config(mixture), target_of(stored, None)
     outline = stored.with_model(config, {})
     _check_writable(outline, to, dict(job.options).get("architecture"))
-    if job.output is None:
+    if output is not None:
+        check_request(stored.source, output, to, **dict(job.options))
+    else:
         notes = ("a dry run: nothing was run or written",)
         return _receipt(job, operation, stored, outline, to, Made(outline, {}, notes), None, None, None)
     device = torch.device(job.device)
@@ -74,17 +76,18 @@ def operate(job: Job, operation: Operation, tell: Callable[[str], None] = lambda
         tell(f"counting the use of the experts on {corpus.used_tokens:,} tokens")
         usage = measure_usage(stored, corpus.used_arguments(device), device)
     made = operation.make(mixture, usage, corpus, device)
-    tell(f"writing {job.output}")
-    write_model(made.stored, job.output, to, **dict(job.options))
+    tell(f"writing {output}")
+    write_model(made.stored, output, to, **dict(job.options))
     tell("comparing source and result")
-    measured = _measure(stored, open_model(job.output), corpus, device)
+    measured = _measure(stored, open_model(output), corpus, device)
     return _receipt(job, operation, stored, made.stored, to, made, usage, corpus, measured)
 
 
 def _check_writable(outline: StoredModel, to: str, architecture: str | None) -> None:
     """Raises: ConfigError, before any work, if the format cannot say what the result computes."""
-    outline.plan()
-    if to == "huggingface" and architecture is None:
+    if architecture is not None:
+        architecture_of(outline, to, architecture)
+    elif to == "huggingface":
         from ..interop.huggingface import choose_architecture
 
         choose_architecture(outline.config, outline.origin.get("model_type"))

@@ -144,7 +144,7 @@ class Method:
                 )
 
     def groups(self, source: Mapping[str, Any]) -> dict[str, Any]:
-        """The config of the result, of the same shape as the source's."""
+        """The config of the result, of the same shape as the source's; nothing is frozen, for its names may be gone."""
         model = {
             **source["model"],
             **layer_fields(self.settings.layers, self.layers, self.model.layers),
@@ -154,6 +154,7 @@ class Method:
         }
         if len(self.layers) == self.model.layers:
             model["ffn_width"] = None  # no layer is left that has one
+        model.pop("frozen", None)
         return {**source, "model": model, "router": self.router_node(), "experts": self.experts_node()}
 
     def router_node(self) -> dict[str, Any]:
@@ -207,10 +208,10 @@ class Method:
         if intent is not None:
             return Promise(False, intent)
         if self.constant != 1.0 and not keeps_function(self.scale, activation):
-            return Promise(False, f"scale={self.scale} is not exact for {activation}, allowed to be so: scale=down")
-        if not settings.renormalises and settings.top_k < settings.experts:
+            return Promise(False, f"scale={self.scale} is not exact for {activation}, scale=down is")
+        if not settings.renormalises and (settings.top_k < settings.experts or settings.score == "sigmoid"):
             even = settings.row_std <= 1e-7
-            return Promise(even, f"raw {settings.score} weights are even only up to router_std={settings.row_std:g}")
+            return Promise(even, f"raw {settings.score} weights are even up to router_std={settings.row_std:g}")
         copies = f"{self.group} shards of a copy share a router row, " if self.group > 1 else ""
         return Promise(
             True, f"{copies}the weights of a token sum to one and the experts' constant is {self.constant:g}"

@@ -44,6 +44,8 @@ def carried_state(source: StoredModel, result: StoredModel, method: Method) -> d
     state: dict[str, LazyTensor] = {}
     for layer in method.layers:
         prefix = f"blocks.{layer}.mlp."
+        if f"{prefix}w_up.weight{STEP}" not in source.optimizer:
+            continue  # it was frozen
         for suffix in suffixes:
             mlp = Matrices.of(source.optimizer, prefix, suffix)
             moments = method.moments([mlp], layer, suffix, MOMENTS[suffix])
@@ -59,11 +61,10 @@ def carried_state(source: StoredModel, result: StoredModel, method: Method) -> d
 
 
 def _kept_or_new(source: StoredModel, result: StoredModel, name: str, suffix: str) -> LazyTensor:
-    """The state as it was, of a parameter that the source has too; else zeros."""
-    if name in source.tensors:
-        return source.optimizer[f"{name}{suffix}"]
+    """The state as it was, of a parameter that the source trained too; else zeros."""
+    kept = source.optimizer.get(f"{name}{suffix}")
     shape = () if suffix == STEP else result.tensors[name].shape
-    return constant(0.0, shape, torch.float32)
+    return constant(0.0, shape, torch.float32) if kept is None else kept
 
 
 def _suffixes(state: Iterable[str]) -> list[str]:

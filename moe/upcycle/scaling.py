@@ -12,7 +12,7 @@ factor c on every expert the layer's output is c * (sum of w_r over the chosen c
 The last two hold at even scores only; a fresh router with small rows is close to that.
 
 Where c goes: `down` times c is exact for every activation. `up_down` spreads it over two matrices, because constants on
-the second matrix alone train worse (2410.07524, section 4.3); a gated MLP is linear in `up`, so sqrt(c) on each is
+the second matrix alone train worse (2410.07524); a gated MLP is linear in `up`, so sqrt(c) on each is
 exact, and so it is for relu. relu2 is homogeneous of degree two, so its share is c^(1/3). gelu and silu without a gate
 are not homogeneous, and clamped_swiglu is not linear in `up`: sqrt(c) on both is not exact. `cube_root` is
 Megatron-Core's c^(1/3) on gate, up and down, exact for reglu and relu2 only, because silu(k v) is not k silu(v).

@@ -138,19 +138,18 @@ def test_bytes_sent_are_those_counted_in_real_collectives(found, world, name):
     for purpose in ("gradients", "tp", "cp", "pp"):
         # On top: the norm of the gradients, 8 bytes in a ring.
         assert by_formula[purpose] == pytest.approx(counted.get(purpose, 0.0), abs=16), purpose
-    if "capacity_factor" in str(CASES[world][name]) or "AllGather" in str(CASES[world][name]):
-        tolerance = 0.03  # sizes of the blocks
-    else:
-        tolerance = 0.25  # routing is not even
+    is_exact = any(word in str(CASES[world][name]) for word in ("capacity_factor", "AllGather"))
+    tolerance = 0.03 if is_exact else 0.25  # sizes of the blocks; routing that is not even
     assert by_formula["tokens"] == pytest.approx(counted.get("tokens", 0.0), rel=tolerance)
 
 
 @pytest.mark.distributed
 @pytest.mark.parametrize(("world", "name"), NAMES)
 def test_peak_memory_is_that_of_the_allocator(found, world, name):
-    """Activations and buffers, without the state, which the first test compares."""
+    """A model so small that tables and other small tensors count; larger ones are nearer (docs/plan.md)."""
     estimated = peak_memory(job(world, **CASES[world][name]))
     real = max(rank["peak"] for rank in found(world, name))
+    print("PEAK", name, estimated.total / real)
     assert estimated.total == pytest.approx(real, rel=0.2)
 
 

@@ -213,3 +213,22 @@ def test_a_width_of_the_mlp_that_tp_cannot_cut_is_refused_before_the_start():
     )
     with pytest.raises(ConfigError, match="layout.tp=2 does not divide model.expert_width=7, which adapters share"):
         check_layout(Layout(tp=2).resolve(2), made, 16)
+
+
+def test_compiled_adapters_are_one_graph():
+    torch._dynamo.reset()
+    layer = layer_of(alpha=0.5)
+    chosen = torch.rand(T, E).topk(2).indices
+
+    def run(u, weights):
+        return layer.experts(u, Routing.from_topk(chosen, weights, E))
+
+    results = []
+    for function in (torch.compile(run, backend="aot_eager", fullgraph=True), run):
+        torch.manual_seed(3)
+        leaves = [torch.randn(T, D, dtype=torch.double), torch.rand(T, 2, dtype=torch.double)]
+        leaves = [leaf.requires_grad_() for leaf in leaves]
+        out = function(*leaves)
+        results.append([out, *torch.autograd.grad(out.square().sum(), leaves)])
+    for one, other in zip(*results):
+        torch.testing.assert_close(one, other)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import statistics
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -76,19 +78,25 @@ class Steps:
         return found
 
     def peak_bytes(self) -> int:
-        """The most that this rank holds during a step, as torch's allocator sees it.
+        """The most that this rank holds during a step, as torch's allocator sees it: the median of three steps.
 
+        They differ by what other threads, and Python's search for cycles, free earlier or later.
         CUDA: torch.cuda.max_memory_allocated. CPU: parameters, optimizer state and DDP's buckets, counted, and what the
         profiler sees allocated and freed on top.
         """
         device = self.process.device
+        growth = statistics.median(self._growth() for _ in range(3))
         if device.type == "cuda":
-            return peak_bytes(self, device) + torch.cuda.memory_allocated(device)
+            return int(growth) + torch.cuda.memory_allocated(device)
         held = self.state_bytes()
         layout = self.meshes.layout
         by_ddp = layout.dp_replicate == layout.world > 1 and layout.ep * layout.etp == 1
         buckets = held["gradients"] if by_ddp else 0
-        return held["parameters"] + held["optimizer"] + buckets + peak_bytes(self, device)
+        return held["parameters"] + held["optimizer"] + buckets + int(growth)
+
+    def _growth(self) -> int:
+        gc.collect()
+        return peak_bytes(self, self.process.device)
 
 
 def _bytes(tensor: Any) -> int:

@@ -70,6 +70,12 @@ UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "moe_latent_size": (),
     "moe_apply_probs_on_input": (False,),
     "moe_expert_capacity_factor": (),
+    # of releases after 0.16
+    "moe_expert_rank_capacity_factor": (),
+    "moe_mlp_glu_interleave_size": (),
+    "moe_shared_expert_glu_interleave_size": (),
+    "enable_mhc_connections": (False,),
+    "use_mup": (False,),
 }
 # Arguments of Megatron-LM that go by another name than the field.
 _ARGUMENTS = {
@@ -104,6 +110,7 @@ _ACTIVATION_FLAGS = (
     ("swiglu", "silu", True),
     ("squared_relu", "squared_relu", False),
     ("quick_geglu", "quick_gelu", True),
+    ("openai_gelu", "openai_gelu", False),
 )
 
 

@@ -118,6 +118,7 @@ def load_inert(data: bytes) -> Any:
 
 
 def _line(error: Exception) -> str:
-    """The line of an error that says what is wrong; torch puts advice before it."""
+    """The line of an error that says what is wrong, without torch's advice to load the file unsafely after all."""
     text = str(error).partition("WeightsUnpickler error: ")
-    return next(iter((text[2] or text[0]).splitlines()), "") or repr(error)
+    lines = [line.strip() for line in (text[2] or text[0]).splitlines()]
+    return next((line for line in lines if line and not line.startswith("Weights only")), repr(type(error).__name__))

@@ -114,6 +114,17 @@ def test_every_trained_parameter_has_its_state_and_new_ones_begin_at_zero(traine
     assert not made.tensors["blocks.0.mlp.experts.w_in"].read().isnan().any()
 
 
+def test_what_was_frozen_is_trained_and_begins_at_zero(trained):
+    frozen = ("embedding.weight", "blocks.0.mlp.w_gate.weight", "blocks.0.mlp.w_up.weight", "blocks.0.mlp.w_out.weight")
+    state = {name: tensor for name, tensor in trained.optimizer.items() if name.rpartition(".")[0] not in frozen}
+    config = {**trained.config, "model": {**trained.config["model"], "frozen": ["embedding.*", "blocks.0.mlp.*"]}}
+    made = upcycle([replace(trained, config=config, optimizer=state)], UpcycleSettings(optimizer="carry"))
+    assert not made.plan().config.frozen
+    for name in ("embedding.weight", "blocks.0.mlp.experts.w_in"):
+        assert not made.optimizer[f"{name}.exp_avg_sq"].read().any() and made.optimizer[f"{name}.step"].read() == 0
+    assert made.optimizer["blocks.1.mlp.experts.w_in.step"].read() == 1
+
+
 def test_moments_have_the_size_of_their_weights(trained):
     made = upcycle([trained], UpcycleSettings(8, 4, "fine_grained", granularity=4, optimizer="carry", scale="down"))
     for key, factor in (("exp_avg", 1 / 4), ("exp_avg_sq", 1 / 16)):
