@@ -159,8 +159,8 @@ def backward_buffers(job: Job, layer: int) -> float:
     hidden    the gradient that comes in, and that of the half's input: 8 s D
     attention gradients of q, k, v and of attention's output, w n (2 H + 2 G) W / TP
     dense     gradients of gate, up and product, w n 3 F / TP
-    experts   on a GPU gradient rows and a, da, dz: w N (D + 4 F); on a CPU the same and z for the rows of a chunk, which
-              has up to 4 MiB or one expert, and sums by row, in float32 and as they are returned: 8 R D
+    experts   on a GPU gradient rows and a, da, dz: w N (D + 4 F); on a CPU the same and z for the rows of a chunk, up
+              to 4 MiB or one expert, and sums by row, in float32 and as they are returned: 8 R D
     """
     config, layout, width = job.workload.config, job.layout, job.workload.element_bytes
     n = job.cp_tokens

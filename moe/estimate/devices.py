@@ -75,8 +75,8 @@ class Device:
         return None if self.memory is None else self.memory - self.reserved
 
 
-# ASSUMED shares of the peak: dense products 0.6, grouped ones 0.4 (fused kernels elsewhere reach 413 of 989 TFLOP/s on an
-# H100, forward and backward at the experts of Qwen3-30B-A3B), attention 0.35; of memory and link bandwidths 0.75.
+# ASSUMED shares of the peak: dense products 0.6, grouped ones 0.4 (fused kernels elsewhere reach 413 of 989 TFLOP/s on
+# an H100, forward and backward at the experts of Qwen3-30B-A3B), attention 0.35; of memory and link bandwidths 0.75.
 _SHARES = {"dense": 0.6, "experts": 0.4, "attention": 0.35, "head": 0.6}
 _REACHED = 0.75
 _RESERVED = 5 * 2**30  # ASSUMED: context 0.5 GiB, communicators 1 to 2 GiB, fragmentation
@@ -108,9 +108,9 @@ def _gpu(
     )
 
 
-# Peaks are dense, links one direction. Memory is what torch reports, a little less than on the label; float32 is without
-# TF32, which training does not switch on. Between machines one adapter a GPU: 400 Gb/s in DGX H100, H200 and B200, and
-# 200 Gb/s in DGX A100 (their data sheets).
+# Peaks are dense, links one direction. Memory is what torch reports, a little less than on the label; float32 is
+# without TF32, which training does not switch on. Between machines one adapter a GPU: 400 Gb/s in DGX H100, H200 and
+# B200, 200 Gb/s in DGX A100 (their data sheets).
 _TABLE = (
     # NVIDIA H100 data sheet, SXM: 66.9 TFLOP/s float32, 3.35 TB/s, NVLink 900 GB/s both ways.
     _gpu("H100", 79, 66.9e12, 3.35e12, 450e9, 50e9, "NVIDIA H100 SXM data sheet"),

@@ -150,13 +150,14 @@ class _Walk:
 
     @property
     def _ddp(self) -> float:
-        """DDP's buckets are gradients, and stay from step to step."""
+        """DDP's buckets, which stay from step to step. Those of earlier micro-batches are apart until it reduces."""
         return self.whole.gradients if self.job.by_ddp else 0.0
 
     def _gradients(self, layers: int) -> float:
         """While the backward pass has not reached the first `layers` layers."""
         if self._ddp:
-            return self._ddp
+            waiting = self.ends.gradients + self.gradients[layers] if self.adds else 0.0
+            return self._ddp + waiting
         if self.adds:
             return self.whole.accumulated + (0.0 if self.adds_whole or not self.ends.fresh else self._head_weight)
         done = self.gradients[-1] - self.gradients[layers]
@@ -230,6 +231,8 @@ class _Walk:
         count, weights = len(self.layers), self.ends.gathered
         at = count if index is None else index
         here = min(at + 1, count)
+        if self.adds and not self.adds_whole and at + 1 >= count:
+            weights += self.ends.sent  # the last message of the micro-batch before is kept until the next is ready
         weights += self.gathered[here] - (self.gathered[max(at - 1, 0)] if self._reshards else 0.0)
         if at + 1 < count:
             weights += self._state(at + 1).sent

@@ -70,7 +70,7 @@ def write_model(
     """
     output = Path(output).expanduser()
     write = together(lambda: _checked_writer(stored, output, to, dtype, max_shard_bytes, options))
-    stored = _with_dtype(stored, dtype)
+    stored = _with_dtype(stored if to == "scatterfold" else replace(stored, optimizer={}), dtype)
     rank, world = place()
     size = sum(tensor.bytes for held in (stored.tensors, stored.optimizer) for tensor in held.values())
 
@@ -92,7 +92,7 @@ def write_model(
         tensors=len(stored.tensors),
         parameters=sum(stored.tensors[name].shape.numel() for name in parameters),
         bytes=sum(tensor.bytes for tensor in stored.tensors.values()),
-        optimizer=bool(stored.optimizer) and to == "scatterfold",
+        optimizer=bool(stored.optimizer),
         files=tuple(files),
     )
 

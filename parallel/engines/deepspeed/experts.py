@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from ...meshes import Meshes
-from ...plan import ShardingPlan
-from . import library
 
 
 @dataclass(frozen=True)
 class Cut:
-    """How a parameter that DeepSpeed sees as a plain tensor is part of a whole one."""
+    """How what DeepSpeed sees as a plain tensor is part of a whole one."""
 
     mesh: DeviceMesh
     placements: tuple[Any, ...]
@@ -31,44 +31,59 @@ class Cut:
         )
 
 
-def localise(part: nn.Module, plan: ShardingPlan) -> dict[str, Cut]:
-    """Replace distributed parameters by this rank's plain tensors, and say by name what they are parts of."""
+def localise(part: nn.Module) -> dict[str, Cut]:
+    """Replace distributed parameters by plain ones, this rank's parts; by name, what they are parts of."""
     cuts: dict[str, Cut] = {}
-    for module_name, module in part.named_modules():
+    for prefix, module in part.named_modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             if isinstance(parameter, DTensor):
+                cut = Cut(parameter.device_mesh, tuple(parameter.placements), parameter.shape, parameter.stride())
+                cuts[f"{prefix}.{name}" if prefix else name] = cut
                 local = nn.Parameter(parameter.data.to_local(), parameter.requires_grad)
                 module.register_parameter(name, local)
-                full = f"{module_name}.{name}" if module_name else name
-                cuts[full] = Cut(parameter.device_mesh, parameter.placements, parameter.shape, parameter.stride())
     return cuts
 
 
-def mark_experts(part: nn.Module, cuts: dict[str, Cut], meshes: Meshes) -> None:
-    if not cuts:
-        return
+def mark_experts(part: nn.Module, cuts: Mapping[str, Cut], meshes: Meshes) -> None:
+    """Tell DeepSpeed which parameters are experts', and which ranks have copies of the same ones.
+
+    It reads two attributes of a parameter (`allreduce`, `group_name`) and looks the name up among its groups, which
+    would be its own if its own MoE layer had made them; these are ours. Every rank must call it.
+    """
+    from deepspeed.utils import groups
+
     layout = meshes.layout
-    name = f"ep_size_{layout.ep}"
+    name = f"ep_size_{layout.ep}"  # it reads the size out of the name
     for full, parameter in part.named_parameters():
         if full in cuts:
-            parameter.allreduce = False
-            parameter.group_name = name
-    from deepspeed.utils import groups
-    alone = library.single_rank_groups(layout.world)
-    ranks = layout.groups()
-    def of(kind):
-        return next(group for group in ranks[kind] if meshes.rank in group)
-    edp = alone[meshes.rank] if meshes.experts_data is None else meshes.experts_data.get_group("edp_replicate")
+            parameter.allreduce = False  # type: ignore[attr-defined]
+            parameter.group_name = name  # type: ignore[attr-defined]
+    kinds = {kind: next(group for group in layout.groups()[kind] if meshes.rank in group) for kind in ("ep", "edp")}
+    assert meshes.experts is not None
     groups._EXPERT_PARALLEL_GROUP[name] = meshes.experts.get_group("ep")
-    groups._EXPERT_PARALLEL_GROUP_RANKS[name] = of("ep")
-    groups._EXPERT_DATA_PARALLEL_GROUP[name] = edp
-    groups._EXPERT_DATA_PARALLEL_GROUP_RANKS[name] = of("edp_replicate")
+    groups._EXPERT_PARALLEL_GROUP_RANKS[name] = kinds["ep"]
+    groups._EXPERT_DATA_PARALLEL_GROUP[name] = _copies_group(meshes)
+    groups._EXPERT_DATA_PARALLEL_GROUP_RANKS[name] = kinds["edp"]
+
+
+def _copies_group(meshes: Meshes) -> dist.ProcessGroup:
+    """The ranks with copies of this rank's experts. A group of one too, which every rank must make for all."""
+    if meshes.experts_data is not None:
+        return meshes.experts_data.get_group("edp_replicate")
+    alone = [dist.new_group([rank]) for rank in range(meshes.layout.world)]
+    return alone[meshes.rank]  # type: ignore[return-value]
+
+
+def is_expert(parameter: Tensor) -> bool:
+    return not getattr(parameter, "allreduce", True)
 
 
 def split_groups(optimizer: torch.optim.Optimizer) -> None:
-    for group in list(optimizer.param_groups):
-        experts = [p for p in group["params"] if not getattr(p, "allreduce", True)]
-        if experts:
-            group["params"] = [p for p in group["params"] if getattr(p, "allreduce", True)]
-            rest = {k: v for k, v in group.items() if k != "params"}
-            optimizer.add_param_group({**rest, "params": experts, "moe": True, "name": experts[0].group_name})
+    """Give experts parameter groups of their own, marked and of a size that DeepSpeed takes."""
+    from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer as split
+
+    if not any(is_expert(p) for group in optimizer.param_groups for p in group["params"]):
+        return
+    for number, group in enumerate(optimizer.param_groups):
+        group["name"] = f"dense {number}"  # it sorts by name, and gives the groups of experts that of theirs
+    optimizer.param_groups[:] = [group for group in split(optimizer.param_groups) if group["params"]]

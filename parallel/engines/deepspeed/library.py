@@ -1,41 +1,48 @@
-"""DeepSpeed itself: found, told which device it is for, and quiet."""
+"""DeepSpeed itself: found, told which device it is for, quiet, and over the process group of the run."""
 
 from __future__ import annotations
 
 import logging
 import os
-from importlib.util import find_spec
-from typing import Any
+import warnings
+from importlib.metadata import PackageNotFoundError, version
+from types import ModuleType
 
-import torch
 import torch.distributed as dist
 
 from ....kernels.errors import ConfigError
 from ...process import Process
 
+OLDEST = (0, 19, 8)  # what `training` and `state` take from inside of DeepSpeed was read and tested there
+_INSTALL = "allowed: pip install 'scatterfold[deepspeed]', or engine=torch"
+
 
 def check_installed() -> None:
-    """Raises: ConfigError where there is no DeepSpeed."""
-    if find_spec("deepspeed") is None:
-        raise ConfigError(
-            "engine=deepspeed needs the package deepspeed, which is not installed, "
-            "allowed: pip install 'scatterfold[deepspeed]', or engine=torch"
-        )
+    """Raises: ConfigError where there is no DeepSpeed, or an old one."""
+    try:
+        found = version("deepspeed")
+    except PackageNotFoundError:
+        raise ConfigError(f"engine=deepspeed needs the package deepspeed, which is not installed, {_INSTALL}") from None
+    numbers = tuple(int(part) for part in found.split("+")[0].split(".")[:3] if part.isdigit())
+    if numbers < OLDEST:
+        oldest = ".".join(map(str, OLDEST))
+        raise ConfigError(f"engine=deepspeed needs deepspeed {oldest} or newer and finds {found}, {_INSTALL}")
 
 
-def load(process: Process) -> Any:
+def load(process: Process) -> ModuleType:
     """The module `deepspeed`, for the device of this process and over its process group.
 
     DeepSpeed picks its accelerator when it is first imported; a process that stays on the CPU of a machine with GPUs
     has to say so before.
 
-    Raises: ConfigError if it was imported for another device.
+    Raises: ConfigError if it is not installed, or took another device.
     """
     check_installed()
     device = process.device.type
     os.environ.setdefault("DS_ACCELERATOR", device)
     os.environ.setdefault("LOCAL_RANK", str(process.local_rank))
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", "`torch.distributed.+` is deprecated", FutureWarning)  # once a call, in its code
     import deepspeed
     from deepspeed.accelerator import get_accelerator
 
@@ -43,20 +50,20 @@ def load(process: Process) -> Any:
     found = get_accelerator().device_name()
     if found.split(":")[0] != device:
         raise ConfigError(
-            f"trainer.device={device} with engine=deepspeed, which found {found}, allowed: DS_ACCELERATOR={device} in "
+            f"trainer.device={device} with engine=deepspeed, which took {found}, allowed: DS_ACCELERATOR={device} in "
             "the environment"
         )
-    _join(process)
+    _join(process, deepspeed)
     return deepspeed
 
 
-def _join(process: Process) -> None:
-    """Give DeepSpeed's communication the process group of the run; alone, a group of one, without which it cannot be.
+def _join(process: Process, deepspeed: ModuleType) -> None:
+    """Give DeepSpeed the process group of the run; alone, a group of one, without which it cannot be.
 
-    `process.stop` takes it down like any other.
+    `process.stop` takes that down like any other. What DeepSpeed remembers of an earlier run in this process, whose
+    groups may be gone, is forgotten.
     """
-    import deepspeed
-    from deepspeed import comm
+    from deepspeed.utils import groups
 
     if not dist.is_initialized():
         backend = "gloo" if process.device.type == "cpu" else "cpu:gloo,cuda:nccl"
@@ -64,17 +71,6 @@ def _join(process: Process) -> None:
     if process.device.type == "cpu":
         # An all-reduce through shared memory, which it would compile now, while the ranks wait for each other.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    comm.comm.cdb = None  # of a run before this one in the same process, whose groups are gone
-    comm.init_distributed(auto_mpi_discovery=False, verbose=False)
-    from deepspeed.utils import groups
-
+    deepspeed.comm.comm.cdb = None
     groups._release_process_group_references()
-
-
-def single_rank_groups(world: int) -> list[Any]:
-    """A process group for each rank alone, which every rank must make. DeepSpeed knows no absent group."""
-    return [dist.new_group([rank]) for rank in range(world)]
-
-
-def default_dtype_is_float32() -> bool:
-    return torch.get_default_dtype() == torch.float32
+    deepspeed.comm.init_distributed(auto_mpi_discovery=False, verbose=False)
