@@ -51,7 +51,7 @@ class Experts(nn.Module):
         for name, size in (("num_experts", num_experts), ("width", width), ("expert_width", expert_width)):
             if size < 1:
                 raise ConfigError(f"model.{name}={size} is too small, allowed: 1 or more")
-        self.num_experts, self.expert_width = num_experts, expert_width
+        self.num_experts, self.width, self.expert_width = num_experts, width, expert_width
         self.activation = activation
         self.backend = check_backend(backend)
         check_recompute(recompute, "experts.recompute")
@@ -105,9 +105,8 @@ class Experts(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        num_experts, width, expert_width = self.w_out.shape
         bias = "" if self.b_in is None else ", with biases"
-        return f"{num_experts} x ({width} -> {expert_width} -> {width}), {self.activation}{bias}"
+        return f"{self.num_experts} x ({self.width} -> {self.expert_width} -> {self.width}), {self.activation}{bias}"
 
 
 def _is_first_slice(w_out: Tensor) -> bool:

@@ -14,6 +14,7 @@ from .groups import span, stride_and_size
 from .inventory import Held, held
 from .job import Job
 from .memory import in_flight
+from .state import RankState
 
 KINDS = ("fsdp gather", "fsdp scatter", "all-reduce", "tp", "cp", "dispatch", "combine", "pp")
 
@@ -43,8 +44,12 @@ class Message:
 
 def messages(job: Job, rank: int = 0) -> list[Message]:
     """All messages of a rank of the pipeline in a step."""
-    found = [*_weights(job, rank), *_tensor_parallel(job, rank), *_layers(job, rank), *_pipeline(job, rank)]
-    return [message for message in found if message.bytes > 0]
+
+    def make() -> list[Message]:
+        found = [*_weights(job, rank), *_tensor_parallel(job, rank), *_layers(job, rank), *_pipeline(job, rank)]
+        return [message for message in found if message.bytes > 0]
+
+    return job.remember(("messages", rank), make)
 
 
 def volume(job: Job, ranks_per_node: int) -> dict[str, dict[str, float]]:
@@ -67,7 +72,7 @@ def _weights(job: Job, rank: int) -> Iterator[Message]:
     manage is summed over the ranks that have a part of it.
     """
     inventory, precision = job.workload.inventory, job.workload.plan.trainer.precision
-    placed = [[held(p, job.layout, precision) for p in parameters] for parameters in inventory.kinds]
+    placed = RankState.of(job).placed
     ends = [*(inventory.first if job.has_first(rank) else ()), *(inventory.last if job.has_last(rank) else ())]
     totals: dict[tuple[str, str, str, bool], float] = {}
     units: dict[tuple[str, str, str, bool], float] = {}
@@ -81,10 +86,8 @@ def _weights(job: Job, rank: int) -> Iterator[Message]:
                     units[key] = units.get(key, 0.0) + layers * times
                     seen.add(key)
 
-    for part in job.parts(rank):
-        gathers = _gathers(job, rank)
-        for kind, items in enumerate(placed):
-            add(items, sum(job.kind(layer) == kind for layer in part), gathers)
+    for kind, layers in job.layers_by_kind(rank).items():
+        add(placed[kind], len(layers), _gathers(job, rank))
     add([held(p, job.layout, precision) for p in ends], 1, 1.0 if job.layout.pp > 1 else float(job.micro_batches))
     for (kind, group, collective, once), size in totals.items():
         hides = "step" if kind.startswith("fsdp") else "backward" if job.by_ddp else ""
@@ -142,7 +145,7 @@ def _tensor_parallel(job: Job, rank: int) -> Iterator[Message]:
     checkpointing = job.workload.plan.trainer.activation_checkpointing
     hidden, others = width * job.tokens * config.width, layout.tp - 1
     passes = norms = 0.0
-    for layer in (layer for part in job.parts(rank) for layer in part):
+    for layer in job.layers(rank):
         is_moe = config.is_moe(layer)
         passes += 4 + (2 if checkpointing == "full" else 0)
         norms += 4 + (2 if checkpointing == "full" else 0)
@@ -163,7 +166,7 @@ def _tensor_parallel(job: Job, rank: int) -> Iterator[Message]:
 
 def _layers(job: Job, rank: int) -> Iterator[Message]:
     """Keys and values of cp, and tokens to their experts and back, over all layers of a rank."""
-    layers = [layer for part in job.parts(rank) for layer in part]
+    layers = job.layers(rank)
     checkpointing = job.workload.plan.trainer.activation_checkpointing
     for message in _context_parallel(job, again=checkpointing == "full"):
         yield _times(message, len(layers) * job.micro_batches)

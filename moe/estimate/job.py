@@ -147,6 +147,13 @@ class Job:
     workload: Workload
     layout: ResolvedLayout
     imbalance: float = 1.0
+    _known: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    def remember(self, key: Any, make: Callable[[], Any]) -> Any:
+        """What `make` gives, computed once for this job; for what several estimates share."""
+        if key not in self._known:
+            self._known[key] = make()
+        return self._known[key]
 
     @cached_property
     def share(self) -> Share:
@@ -236,8 +243,23 @@ class Job:
     def parts(self, rank: int) -> list[range]:
         """The layers of each part of the model on a rank of the pipeline."""
         schedule, pp = self.workload.schedule, self.layout.pp
-        split = self.workload.split(schedule.stages(pp))
-        return [split[stage] for stage in schedule.stages_of(rank, pp)]
+
+        def make() -> list[range]:
+            split = self.workload.split(schedule.stages(pp))
+            return [split[stage] for stage in schedule.stages_of(rank, pp)]
+
+        return self.remember(("parts", rank), make)
+
+    def layers(self, rank: int) -> list[int]:
+        """The layers on a rank of the pipeline."""
+        return [layer for part in self.parts(rank) for layer in part]
+
+    def layers_by_kind(self, rank: int) -> dict[int, list[int]]:
+        """The same by their kind in the inventory."""
+        found: dict[int, list[int]] = {}
+        for layer in self.layers(rank):
+            found.setdefault(self.kind(layer), []).append(layer)
+        return found
 
     def has_first(self, rank: int) -> bool:
         return any(0 in part for part in self.parts(rank))

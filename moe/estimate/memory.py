@@ -8,7 +8,7 @@ bytes are estimated: what a CUDA context, communicators and fragmentation need c
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from itertools import accumulate
 from math import ceil
 
@@ -49,12 +49,15 @@ class Memory:
         return sum(self.by_part().values())
 
     def by_part(self) -> dict[str, float]:
-        return {item.name: getattr(self, item.name) for item in fields(self) if item.name not in ("moment", "rank")}
+        return {name: getattr(self, name) for name in PARTS}
+
+
+PARTS = tuple(item.name for item in fields(Memory) if item.name not in ("moment", "rank"))
 
 
 def peak_memory(job: Job) -> Memory:
     """Of the rank that holds the most."""
-    state = RankState(job)
+    state = RankState.of(job)
     moments = (moment for rank in range(job.layout.pp) for moment in _Walk(job, state, rank).moments())
     return max(moments, key=lambda memory: memory.total)
 
@@ -79,7 +82,8 @@ class _Walk:
 
     def __init__(self, job: Job, state: RankState, rank: int) -> None:
         self.job, self.rank, self.kinds = job, rank, state.kinds
-        self.layers = [layer for part in job.parts(rank) for layer in part]
+        self.layers = job.layers(rank)
+        self.has_head = job.has_last(rank)
         self.ends, self.whole = state.ends(rank), state.whole(rank)
         self.flight = in_flight(job, rank)
         trainer = job.workload.plan.trainer
@@ -88,7 +92,7 @@ class _Walk:
         self.adds_whole = self.adds and not engine.reduce_every_micro_batch
         self.checkpoints = trainer.activation_checkpointing != "none"
         self.offloads = trainer.activation_offload and job.workload.device_type == "cuda"
-        self.by_kind = {kind: _Layer(job, kind) for kind in dict.fromkeys(job.kind(layer) for layer in self.layers)}
+        self.by_kind = {kind: _Layer.of(job, kind) for kind in job.layers_by_kind(rank)}
         states = [self._state(index) for index in range(len(self.layers))]
         kept = [self._layer(index).kept for index in range(len(self.layers))]
         # Sums over the first i layers, for every i.
@@ -99,11 +103,11 @@ class _Walk:
 
     def moments(self) -> Iterator[Memory]:
         yield self._memory(
-            "loss" if self._has_head else "forward", len(self.layers), self._loss(), self._forward_weights
+            "loss" if self.has_head else "forward", len(self.layers), self._loss(), self._forward_weights
         )
-        if self._has_head:
+        if self.has_head:
             yield self._memory("head", len(self.layers), 2.0 * self._head_gradients, self._backward_weights(None), 0.0)
-        for index in range(len(self.layers) - 1, -1, -1):
+        for index in self._corners():
             yield self._backward(index)
             yield self._reduce(index)
         first = self._state(0).sent if self.layers else 0.0
@@ -112,6 +116,14 @@ class _Walk:
         gradients, bucket = self._ddp or self.whole.gradients, self.job.workload.plan.engine.bucket_mb * 2**20
         message = min(self.whole.summed, max(bucket, self.whole.longest))
         yield Memory(**self._fixed, gradients=gradients, temporary=message, moment="update", rank=self.rank)
+
+    def _corners(self) -> Iterator[int]:
+        """Layers at and beside the ends of each run of layers of one kind: in between everything grows evenly."""
+        kinds = [self.job.kind(layer) for layer in self.layers]
+        for index in range(len(kinds) - 1, -1, -1):
+            near = kinds[max(index - 2, 0) : index + 3]
+            if len(near) < 5 or len(set(near)) > 1:
+                yield index
 
     def _backward(self, index: int) -> Memory:
         """When the gradient of the largest weights is there, and the activations that it came from still are."""
@@ -138,7 +150,7 @@ class _Walk:
             activations=kept.activations + self._tables + self._ends_kept(layers),
             dispatch=kept.dispatch,
             weights=weights,
-            loss=loss + (self._head_gradients * (self.flight - 1) if self._has_head else 0.0),
+            loss=loss + (self._head_gradients * (self.flight - 1) if self.has_head else 0.0),
             temporary=temporary,
             moment=moment,
             rank=self.rank,
@@ -174,7 +186,7 @@ class _Walk:
     def _ends_kept(self, layers: int) -> float:
         """Input of the final norm; in a pipeline, what was handed to the next stage: 4 s D each."""
         hidden = 4.0 * self.job.tokens * self.job.workload.config.width
-        if self.job.has_last(self.rank):
+        if self.has_head:
             return hidden * (self.flight if layers == len(self.layers) else self.flight - 1)
         return hidden * self.flight
 
@@ -185,13 +197,9 @@ class _Walk:
         return 8.0 * config.max_positions * config.head_size + 16.0 * self.job.share.per_rank * data.sequence_length
 
     @property
-    def _has_head(self) -> bool:
-        return self.job.has_last(self.rank)
-
-    @property
     def _head_weight(self) -> float:
         """V' D in float32, V' = V / TP rounded up: the gradient of the head."""
-        if not self._has_head or not self.ends.trained:
+        if not self.has_head or not self.ends.trained:
             return 0.0
         return 4.0 * ceil(self.job.workload.config.vocab_size / self.job.layout.tp) * self.job.workload.config.width
 
@@ -207,7 +215,7 @@ class _Walk:
         Besides the gradients, the hidden states that the loss reads, w n D, gathered over tp and before, and under
         bf16 the head in bfloat16.
         """
-        if not self._has_head:
+        if not self.has_head:
             return 0.0
         config, width = self.job.workload.config, self.job.workload.element_bytes
         vocabulary = ceil(config.vocab_size / self.job.layout.tp)
@@ -256,6 +264,10 @@ class _Walk:
 class _Layer:
     """Bytes of one layer of a kind: kept, computed again, and held for a moment of its backward pass."""
 
+    @classmethod
+    def of(cls, job: Job, kind: int) -> _Layer:
+        return job.remember((cls, kind), lambda: cls(job, kind))
+
     def __init__(self, job: Job, kind: int) -> None:
         layer = job.workload.inventory.layers.index(kind)
         self.kept, self.again = kept_by_layer(job, layer), recomputed_by_layer(job, layer)
@@ -267,5 +279,4 @@ def _sums(values: Iterable[float]) -> list[float]:
 
 
 def _plus(memory: Memory, **more: float) -> Memory:
-    values = {item.name: getattr(memory, item.name) for item in fields(memory)}
-    return Memory(**{**values, **{name: values[name] + count for name, count in more.items()}})
+    return replace(memory, **{name: getattr(memory, name) + count for name, count in more.items()})

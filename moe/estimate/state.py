@@ -46,13 +46,21 @@ class State:
     largest: float = 0.0
 
     def __add__(self, other: State) -> State:
-        both = {item.name: getattr(self, item.name) + getattr(other, item.name) for item in fields(self)}
+        both = {name: getattr(self, name) + getattr(other, name) for name in _NAMES}
         greatest = {name: max(getattr(self, name), getattr(other, name)) for name in ("largest", "longest")}
         return State(**both | greatest)
+
+    def __mul__(self, count: int) -> State:
+        """Of so many layers."""
+        both = {name: getattr(self, name) * count for name in _NAMES}
+        return State(**both | {"largest": self.largest, "longest": self.longest})
 
     @property
     def optimizer(self) -> float:
         return self.trained / PARAMETER_BYTES * MOMENT_BYTES
+
+
+_NAMES = tuple(item.name for item in fields(State))
 
 
 class RankState:
@@ -61,18 +69,32 @@ class RankState:
     def __init__(self, job: Job) -> None:
         self._job = job
 
+    @classmethod
+    def of(cls, job: Job) -> RankState:
+        """The one of a job."""
+        return job.remember(cls, lambda: cls(job))
+
     @cached_property
     def kinds(self) -> list[State]:
         """Of one layer of each kind."""
-        return [self._of(parameters) for parameters in self._job.workload.inventory.kinds]
+        return [self._of(placed) for placed in self.placed]
+
+    @cached_property
+    def placed(self) -> list[list[Held]]:
+        """The parameters of one layer of each kind."""
+        return [self._place(parameters) for parameters in self._job.workload.inventory.kinds]
+
+    def _place(self, parameters: Iterable[Parameter]) -> list[Held]:
+        precision = self._job.workload.plan.trainer.precision
+        return [held(parameter, self._job.layout, precision) for parameter in parameters]
 
     @cached_property
     def first(self) -> State:
-        return self._of(self._job.workload.inventory.first)
+        return self._of(self._place(self._job.workload.inventory.first))
 
     @cached_property
     def last(self) -> State:
-        return self._of(self._job.workload.inventory.last)
+        return self._of(self._place(self._job.workload.inventory.last))
 
     def ends(self, rank: int) -> State:
         """Embedding, norm and head, as far as a pipeline rank has them."""
@@ -81,12 +103,11 @@ class RankState:
 
     def whole(self, rank: int) -> State:
         """Everything that a pipeline rank holds."""
-        layers = (self.kinds[self._job.kind(layer)] for part in self._job.parts(rank) for layer in part)
-        return sum(layers, self.ends(rank))
+        layers = self._job.layers_by_kind(rank).items()
+        return sum((self.kinds[kind] * len(found) for kind, found in layers), self.ends(rank))
 
-    def _of(self, parameters: Iterable[Parameter]) -> State:
-        precision = self._job.workload.plan.trainer.precision
-        placed = [held(parameter, self._job.layout, precision) for parameter in parameters]
+    def _of(self, placed: Iterable[Held]) -> State:
+        placed = list(placed)
         experts = sum(4.0 * item.gathered for item in placed if item.parameter.is_expert and item.parameter.trained)
         return sum((self._one(item) for item in placed), State(largest=experts))
 

@@ -96,7 +96,7 @@ class _RankTime:
 
 
 def _rank_time(job: Job, device: Device, rank: int) -> _RankTime:
-    state = RankState(job).whole(rank)
+    state = RankState.of(job).whole(rank)
     arithmetic = arithmetic_seconds(job, device, rank)
     if job.micro_batches > 1:
         arithmetic += ADD_BYTES * state.accumulated / 4 / device.bandwidth
@@ -131,10 +131,8 @@ def _hide(
 def arithmetic_seconds(job: Job, device: Device, rank: int) -> float:
     """Forward and backward pass of one micro-batch through the layers of a rank, and the head where it has it."""
     rates = device.rates[job.workload.plan.trainer.precision]
-    layers = [layer for part in job.parts(rank) for layer in part]
-    by_kind = {job.kind(layer): layer for layer in layers}
-    seconds = {kind: _layer_seconds(job, device, rates, layer) for kind, layer in by_kind.items()}
-    total = sum(seconds[job.kind(layer)] for layer in layers)
+    by_kind = job.layers_by_kind(rank).values()
+    total = sum(len(layers) * _layer_seconds(job, device, rates, layers[0]) for layers in by_kind)
     if job.has_last(rank):
         config = job.workload.config
         total += 3 * 2.0 * job.tokens * config.width * config.vocab_size / rates.head

@@ -98,7 +98,7 @@ class Router(nn.Module, ABC):
                 raise ConfigError(f"model.{name}={size} is too small, allowed: 1 or more")
         if not 0 <= jitter < 1:
             raise ConfigError(f"router.jitter={jitter} is out of range, allowed: 0 to below 1")
-        self.num_experts, self.experts_per_token = num_experts, experts_per_token
+        self.width, self.num_experts, self.experts_per_token = width, num_experts, experts_per_token
         self.score, self.jitter = score, jitter
         self.weight = nn.Parameter(torch.empty(num_experts, width))
         self.register_parameter("bias", nn.Parameter(torch.empty(num_experts)) if gate_bias else None)
@@ -230,8 +230,7 @@ class Router(nn.Module, ABC):
         return self
 
     def extra_repr(self) -> str:
-        num_experts, width = self.weight.shape
-        return f"{width} -> {num_experts} experts, up to {self.max_experts_per_token} per token"
+        return f"{self.width} -> {self.num_experts} experts, up to {self.max_experts_per_token} per token"
 
 
 def _count(choice: Choice, num_sequences: int, num_experts: int) -> Tensor:

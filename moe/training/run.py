@@ -17,7 +17,7 @@ import torch
 
 from ...kernels import ConfigError
 from ...parallel.checkpoint import Checkpointer
-from ...parallel.engines import Engine
+from ...parallel.engines import Engine, Job
 from ...parallel.layout import Layout, ResolvedLayout
 from ...parallel.meshes import Meshes
 from ...parallel.process import Process, broadcast, gather, running, together, world_size
@@ -122,12 +122,24 @@ class RunPlan:
                 pack_documents=self.data.pack_documents,
             )
         share = Share.of(self.data.global_batch_size, self.data.micro_batch_size, 0, layout.data)
+        self.engine.check(layout, self.job(share))
         stages = self.engine.schedule.stages(layout.pp)
         self.model.split(stages, self.data.sequence_length)
-        self.engine.schedule.check(
-            layout.pp, share.micro_batches, self.trainer.activation_checkpointing, self.trainer.compile
-        )
         return layout
+
+    def job(self, share: Share) -> Job:
+        """What the engine is asked for, besides the layout, where each rank has such a share of a batch."""
+        trainer = self.trainer
+        return Job(
+            micro_batches=share.micro_batches,
+            micro_batch_size=share.micro_batch_size,
+            precision=trainer.precision,
+            gradient_clip=trainer.gradient_clip,
+            checkpointing=trainer.activation_checkpointing,
+            compile=trainer.compile,
+            on_gpu=trainer.device == "cuda" or (trainer.device == "auto" and torch.cuda.is_available()),
+            optimizer=self.optimizer,
+        )
 
 
 def train(config: Mapping[str, Any], run_dir: Path, tell: Callable[[str], None] = to_stderr) -> RunResult:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -10,6 +11,49 @@ import torch
 from torch import Tensor, nn
 
 from ..checkpoint.lazy import LazyTensor
+from ..layout import ResolvedLayout
+from ..stages import PipelineSchedule
+
+PRECISIONS = ("fp32", "bf16")
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a run asks of its engine besides the layout, known before any process starts.
+
+    Attributes:
+        micro_batches: of one optimizer step on one rank.
+        micro_batch_size: sequences in each.
+        precision: one of `PRECISIONS`.
+        gradient_clip: largest global gradient norm; None to clip nothing.
+        checkpointing: which activations are recomputed: none, full or selective.
+        compile: whether blocks are compiled.
+        on_gpu: whether ranks compute on CUDA devices.
+        optimizer: what will make the optimizer, with its settings as attributes.
+    """
+
+    micro_batches: int = 1
+    micro_batch_size: int = 1
+    precision: str = "fp32"
+    gradient_clip: float | None = None
+    checkpointing: str = "none"
+    compile: bool = False
+    on_gpu: bool = False
+    optimizer: Any = None
+
+
+class EngineChoice(Protocol):
+    """What a config chooses with `engine=…`; besides, `prepare` spreads a model (see `TorchEngine.prepare`).
+
+    Attributes:
+        schedule: which parts of the model are whose in a pipeline.
+    """
+
+    schedule: PipelineSchedule
+
+    def check(self, layout: ResolvedLayout, job: Job) -> None:
+        """Say before the start what cannot run. Raises: ConfigError that names the field, and the engine that can."""
+        ...
 
 
 class Engine(Protocol):

@@ -19,11 +19,10 @@ from ..meshes import ALONE, Meshes
 from ..plan import ShardingPlan, cut_parameters, is_meta
 from ..process import Process
 from ..stages import PipelineSchedule
+from .base import PRECISIONS, Job
 from .gradients import GradientSums, Groups
 from .sharding import gradient_groups, places, shard
 from .training import Runner, Sequential, TorchTraining, autocasting
-
-PRECISIONS = ("fp32", "bf16")
 
 
 class TorchEngine:
@@ -67,17 +66,12 @@ class TorchEngine:
         self.bucket_mb = bucket_mb
         self.compile_backend = compile_backend
 
-    def check(
-        self, layout: ResolvedLayout, micro_batches: int, checkpointing: str = "none", compile: bool = False
-    ) -> None:
+    def check(self, layout: ResolvedLayout, job: Job) -> None:
         """Say before the start what cannot run.
-
-        Args:
-            micro_batches: of one optimizer step on one rank.
 
         Raises: ConfigError for a pipeline schedule that does not go with the other options.
         """
-        self.schedule.check(layout.pp, micro_batches, checkpointing, compile)
+        self.schedule.check(layout.pp, job.micro_batches, job.checkpointing, job.compile)
         if layout.pp > 1 and self.reduce_every_micro_batch:
             raise ConfigError(
                 f"engine.reduce_every_micro_batch=true with layout.pp={layout.pp}, which reduces once a step, "

@@ -7,7 +7,7 @@ import pytest
 
 from scatterfold.kernels import ConfigError
 from scatterfold.parallel import Layout
-from scatterfold.parallel.engines import TorchEngine
+from scatterfold.parallel.engines import Job, TorchEngine
 from scatterfold.parallel.stages import PipelineSchedule, split_layers
 
 
@@ -101,6 +101,6 @@ def test_steps_that_a_schedule_can_run():
 
 def test_a_pipeline_reduces_gradients_once_a_step():
     engine = TorchEngine(reduce_every_micro_batch=True)
-    engine.check(Layout(dp_shard=2).resolve(2), 4)
+    engine.check(Layout(dp_shard=2).resolve(2), Job(micro_batches=4))
     with pytest.raises(ConfigError, match="engine.reduce_every_micro_batch=true with layout.pp=2, .* allowed: false"):
-        engine.check(Layout(pp=2).resolve(2), 4)
+        engine.check(Layout(pp=2).resolve(2), Job(micro_batches=4))

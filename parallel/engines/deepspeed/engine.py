@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -15,31 +16,34 @@ from ...meshes import ALONE, Meshes
 from ...plan import ShardingPlan, cut_parameters, is_meta
 from ...process import Process
 from ...stages import PipelineSchedule
+from ..base import PRECISIONS, Job
 from . import library
 from .experts import localise, mark_experts, split_groups
-from .settings import Offload, make_config
+from .partition import gather_whole_blocks, in_whole_shapes, make_partitioned
+from .settings import Offload, check_agrees, make_config, owned_keys, read_json
 from .training import DeepSpeedTraining
 
-PRECISIONS = ("fp32", "bf16")
 STAGES = (0, 1, 2, 3)
+_TORCH = "or engine=torch"
 
 
 class DeepSpeedEngine:
-    """DeepSpeed's ZeRO under our configuration; `prepare` does it.
+    """DeepSpeed's ZeRO (1910.02054) under our configuration; `prepare` does it, as at `TorchEngine`.
 
-    All data ranks of the layout are one ZeRO group, so `layout.dp_shard` stays 1 and `zero_stage` says what is cut
-    over it (ZeRO, 1910.02054, section 5).
+    All ranks of the layout are one ZeRO group, and `zero_stage` says what is cut over it, so `layout.dp_shard` stays 1.
+    Experts may be spread (`layout.ep`) with stages 0 to 2: ZeRO then cuts them over the ranks that hold the same ones.
 
     Args:
-        zero_stage: 0 copies everything, 1 cuts the optimizer, 2 gradients too, 3 parameters too.
-        offload_optimizer: none, cpu or nvme: where the optimizer and its parameters lie (stages 1 to 3; nvme: 3).
-        offload_parameters: none, cpu or nvme: where parameters lie that nobody uses now (stage 3).
+        zero_stage: 0 copies everything; 1 cuts the optimizer, 2 the gradients too, 3 the parameters too.
+        offload_optimizer: where the optimizer's memory lies, and the parameters that it updates: none (on the device),
+            cpu (stages 1 to 3) or nvme (stage 3).
+        offload_parameters: where slices of parameters lie: none, cpu or nvme (stage 3).
         nvme_path: a folder on a fast disk, for nvme.
         bucket_mb: size of the messages in which gradients travel, in MiB.
-        overlap: reduce gradients while the backward pass goes on (stages 2 and 3).
+        overlap: reduce gradients while the backward pass goes on.
         config: a DeepSpeed JSON to merge in.
 
-    Raises: ConfigError for a value out of range, or a file that cannot be read or contradicts the rest.
+    Raises: ConfigError for a value out of range, or a file that cannot be read.
     """
 
     def __init__(
@@ -54,10 +58,49 @@ class DeepSpeedEngine:
     ) -> None:
         if zero_stage not in STAGES:
             raise ConfigError(f"engine.zero_stage={zero_stage} is unknown, allowed: {', '.join(map(str, STAGES))}")
+        if not bucket_mb > 0:
+            raise ConfigError(f"engine.bucket_mb={bucket_mb} is out of range, allowed: above 0")
         self.zero_stage = zero_stage
+        self.offload = Offload(zero_stage, offload_optimizer, offload_parameters, nvme_path)
         self.bucket_mb = bucket_mb
         self.overlap = overlap
+        self.config = config
+        self.raw = {} if config is None else read_json(config)
         self.schedule = PipelineSchedule()
+
+    def check(self, layout: ResolvedLayout, job: Job) -> None:
+        """Say before the start what cannot run.
+
+        Raises: ConfigError that names the field, and what can; or the key of the JSON that contradicts ours.
+        """
+        library.check_installed()
+        for name in ("pp", "cp", "tp", "etp"):
+            size = getattr(layout, name)
+            if size > 1:
+                raise ConfigError(
+                    f"layout.{name}={size} with engine=deepspeed, which spreads data and experts only, "
+                    f"allowed: layout.{name}=1, {_TORCH}"
+                )
+        if layout.dp_shard > 1:
+            raise ConfigError(
+                f"layout.dp_shard={layout.dp_shard} with engine=deepspeed, where engine.zero_stage says what is cut "
+                f"over all ranks, allowed: layout.dp_shard=1, {_TORCH}"
+            )
+        if layout.ep > 1 and self.zero_stage == 3:
+            raise ConfigError(
+                f"layout.ep={layout.ep} with engine=deepspeed and engine.zero_stage=3, which cuts all parameters over "
+                f"the same ranks, allowed: engine.zero_stage=0, 1 or 2, {_TORCH}"
+            )
+        if job.compile:
+            raise ConfigError(f"trainer.compile=true with engine=deepspeed, allowed: trainer.compile=false, {_TORCH}")
+        if self.offload.uses_disk and not job.on_gpu:
+            raise ConfigError(
+                "engine.offload_optimizer or engine.offload_parameters=nvme needs a GPU, and this run is on the CPU, "
+                f"allowed: none or cpu, {_TORCH}"
+            )
+        if self.config is not None:
+            owned = owned_keys(self.zero_stage, self.offload, self.bucket_mb, self.overlap, job, layout.world)
+            check_agrees(self.config, self.raw, owned)
 
     def prepare(
         self,
@@ -72,33 +115,81 @@ class DeepSpeedEngine:
         deterministic: bool = False,
         seed: int = 0,
     ) -> DeepSpeedTraining:
+        """Spread the model and make its optimizer; arguments as at `TorchEngine.prepare`.
+
+        bf16 is what it is there: float32 parameters and torch.autocast. Parameters and gradients travel in float32.
+
+        Raises: ConfigError for an unknown precision, a missing library, or a model that has nothing to learn.
+        """
+        if precision not in PRECISIONS:
+            raise ConfigError(f"trainer.precision={precision!r} is unknown, allowed: {', '.join(PRECISIONS)}")
+        if compile:
+            raise ConfigError(f"trainer.compile=true with engine=deepspeed, allowed: trainer.compile=false, {_TORCH}")
         deepspeed = library.load(process)
-        (part,), plan = [model] if isinstance(model, nn.Module) else list(model), plan or ShardingPlan()
-        has_values = not is_meta(part)
-        if has_values:
-            part.to(process.device)
+        (part,) = [model] if isinstance(model, nn.Module) else model
+        plan = plan or ShardingPlan()
+        if not any(parameter.requires_grad for parameter in part.parameters()):
+            raise ConfigError(f"model.frozen leaves nothing to learn, which engine=deepspeed cannot do, {_TORCH}")
+        config = make_config(
+            self.raw,
+            self.zero_stage,
+            self.offload,
+            self.bucket_mb,
+            self.overlap,
+            precision,
+            on_gpu=process.device.type == "cuda",
+        )
         cut_parameters(part, plan, meshes)
-        if not has_values:
+        self._fill(deepspeed, part, plan, config, process, seed)
+        cuts = localise(part)
+        if cuts:
+            mark_experts(part, cuts, meshes)
+        with in_whole_shapes(part):
+            optimizer = make_optimizer(part)
+        split_groups(optimizer)
+        if deterministic:
+            torch.use_deterministic_algorithms(True)
+        engine = _start(deepspeed, part, optimizer, config, has_experts=bool(cuts))
+        return DeepSpeedTraining(
+            engine, part, optimizer, stage=self.zero_stage, meshes=meshes, device=process.device, cuts=cuts
+        )
+
+    def _fill(
+        self,
+        deepspeed: ModuleType,
+        part: nn.Module,
+        plan: ShardingPlan,
+        config: dict[str, Any],
+        process: Process,
+        seed: int,
+    ) -> None:
+        """Give the model memory on the device and its values; in stage 3, cut it."""
+        is_new = is_meta(part)
+        if self.zero_stage == 3:
+            make_partitioned(deepspeed, part, plan, config, process.device, seed if is_new else None)
+            gather_whole_blocks(deepspeed, plan)
+        elif is_new:
             part.to_empty(device=process.device)
             part.reset_parameters(seed)  # type: ignore[operator]
-        cuts = localise(part, plan)
-        mark_experts(part, cuts, meshes)
-        optimizer = make_optimizer(part)
-        split_groups(optimizer)
-        config = make_config(self, precision)
-        if self.zero_stage == 3:
-            for unit in plan.units:
-                deepspeed.utils.set_z3_leaf_module(unit, True)
-        engine = _engine_class(deepspeed, bool(cuts))(
-            args=None, model=part, optimizer=optimizer, config=config,
-            config_class=deepspeed.DeepSpeedConfig(config), dist_init_required=False,
-        )
-        return DeepSpeedTraining(engine, part, optimizer, stage=self.zero_stage, meshes=meshes, device=process.device, cuts=cuts)
+        else:
+            part.to(process.device)
 
 
-def _engine_class(deepspeed: Any, has_experts: bool) -> type:
+def _start(
+    deepspeed: ModuleType, part: nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any], has_experts: bool
+) -> Any:
+    """DeepSpeed's engine. It knows its own MoE layers only, and is told that there are experts."""
+
     class Engine(deepspeed.DeepSpeedEngine):
-        def _configure_distributed_model(self, model):
+        def _configure_distributed_model(self, model: nn.Module) -> None:
             self.has_moe_layers = has_experts
             super()._configure_distributed_model(model)
-    return Engine
+
+    return Engine(
+        args=None,
+        model=part,
+        optimizer=optimizer,
+        config=config,
+        config_class=deepspeed.DeepSpeedConfig(config),
+        dist_init_required=False,
+    )

@@ -58,12 +58,12 @@ def mark_experts(part: nn.Module, cuts: Mapping[str, Cut], meshes: Meshes) -> No
         if full in cuts:
             parameter.allreduce = False  # type: ignore[attr-defined]
             parameter.group_name = name  # type: ignore[attr-defined]
-    kinds = {kind: next(group for group in layout.groups()[kind] if meshes.rank in group) for kind in ("ep", "edp")}
+    ranks = {kind: next(own for own in of_kind if meshes.rank in own) for kind, of_kind in layout.groups().items()}
     assert meshes.experts is not None
     groups._EXPERT_PARALLEL_GROUP[name] = meshes.experts.get_group("ep")
-    groups._EXPERT_PARALLEL_GROUP_RANKS[name] = kinds["ep"]
+    groups._EXPERT_PARALLEL_GROUP_RANKS[name] = ranks["ep"]
     groups._EXPERT_DATA_PARALLEL_GROUP[name] = _copies_group(meshes)
-    groups._EXPERT_DATA_PARALLEL_GROUP_RANKS[name] = kinds["edp"]
+    groups._EXPERT_DATA_PARALLEL_GROUP_RANKS[name] = ranks["edp_replicate"]
 
 
 def _copies_group(meshes: Meshes) -> dist.ProcessGroup:
