@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-from ...kernels import ConfigError
 from ..training.throughput import peak_flops
 
 COLLECTIVES = ("all_gather", "reduce_scatter", "all_reduce", "all_to_all", "send")
@@ -42,6 +41,7 @@ class Device:
         reserved: of them, what context, communicators and fragmentation need.
         peaks, rates: by precision; MFU is of the peak.
         bandwidth: bytes per second of memory, as reached.
+        passes: how often elementwise operations move the bytes that a layer keeps.
         inside: links to ranks on the same machine, by collective.
         network: to other machines, for each rank of a machine.
         ranks_per_node: on one machine.
@@ -62,6 +62,7 @@ class Device:
     inside: dict[str, Link]
     network: Link
     ranks_per_node: int = 8
+    passes: float = 6.0
     reserved: int = 0
     layer_seconds: dict[str, float] = field(default_factory=lambda: {"dense": 0.0, "moe": 0.0})
     step_seconds: float = 0.0
@@ -79,6 +80,7 @@ class Device:
 # an H100, forward and backward at the experts of Qwen3-30B-A3B), attention 0.35; of memory and link bandwidths 0.75.
 _SHARES = {"dense": 0.6, "experts": 0.4, "attention": 0.35, "head": 0.6}
 _REACHED = 0.75
+# ASSUMED too, as `Device.passes`: what a layer keeps is written once, and read or passed on by about five operations.
 _RESERVED = 5 * 2**30  # ASSUMED: context 0.5 GiB, communicators 1 to 2 GiB, fragmentation
 
 
@@ -137,13 +139,6 @@ _TABLE = (
     ),
 )
 DEVICES = {device.name: device for device in _TABLE}
-
-
-def find_device(name: str) -> Device:
-    """A device of the table. Raises: ConfigError for a name that is not in it."""
-    if name not in DEVICES:
-        raise ConfigError(f"device={name} is unknown, allowed: {', '.join(DEVICES)}, or a calibration file")
-    return DEVICES[name]
 
 
 def with_nodes(device: Device, ranks_per_node: int | None) -> Device:

@@ -32,6 +32,7 @@ class Span:
         return self.others > 0
 
 
+@lru_cache(maxsize=65536)
 def span(layout: ResolvedLayout, name: str, ranks_per_node: int) -> Span:
     """Of the groups that `ResolvedLayout.groups` calls by this name."""
     stride, size = stride_and_size(layout, name)

@@ -256,10 +256,14 @@ class Job:
 
     def layers_by_kind(self, rank: int) -> dict[int, list[int]]:
         """The same by their kind in the inventory."""
-        found: dict[int, list[int]] = {}
-        for layer in self.layers(rank):
-            found.setdefault(self.kind(layer), []).append(layer)
-        return found
+
+        def make() -> dict[int, list[int]]:
+            found: dict[int, list[int]] = {}
+            for layer in self.layers(rank):
+                found.setdefault(self.kind(layer), []).append(layer)
+            return found
+
+        return self.remember(("kinds", rank), make)
 
     def has_first(self, rank: int) -> bool:
         return any(0 in part for part in self.parts(rank))

@@ -18,9 +18,6 @@ from .groups import span
 from .job import Job
 from .state import RankState
 
-# Each kept activation is written once, and read or passed on by about five elementwise operations in both passes.
-# `plan calibrate` measures the bandwidth with this very number, so that its error ends up there.
-PASSES = 6.0
 UPDATE_BYTES = 40.0  # a parameter: AdamW reads 16 and writes 12, clipping reads 8 and writes 4
 ADD_BYTES = 12.0  # a gradient element that is added to that of the micro-batches before
 
@@ -148,7 +145,7 @@ def _layer_seconds(job: Job, device: Device, rates: Rates, layer: int) -> float:
     seconds += sum(times[1] * flops / getattr(rates, part) for part, flops in half.items())
     if job.workload.experts_recompute and "experts" in half:
         seconds += 2 / 3 * half["experts"] / rates.experts
-    seconds += sum(times) / 6 * PASSES * elementwise_bytes(job, layer) / device.bandwidth
+    seconds += sum(times) / 6 * device.passes * elementwise_bytes(job, layer) / device.bandwidth
     calls = device.layer_seconds["moe" if job.workload.config.is_moe(layer) else "dense"]
     return max(calls, seconds) if device.asynchronous else calls + seconds
 

@@ -136,6 +136,9 @@ class Upcycling:
     arms: tuple[str, ...] | None = argument(
         "of dense, sparse, fine_grained, scratch, scratch_fine (all but the last)", default=None
     )
+    all_flops: bool = argument(
+        "also give a MoE from scratch the dense training's FLOPs and the largest budget", default=True
+    )
     changes: tuple[str, ...] = argument("of the configuration, as [KEY=VALUE,KEY=VALUE]", default=())
     speed: bool = argument("measure inference too, unless OUTPUT/speed.json is there", default=True)
 

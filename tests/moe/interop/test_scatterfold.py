@@ -155,7 +155,9 @@ def test_a_model_without_a_tokenizer_is_a_model(run, tmp_path, same_bits):
     stored = open_model(tmp_path / "out")
     assert stored.tokenizer is None
     same_bits(stored.build().state_dict(), load_model(run).model.state_dict())
-    with pytest.raises(CheckpointError, match=r"^source=.*out has no tokenizer, allowed: a folder with its tokenizer.json"):
+    with pytest.raises(
+        CheckpointError, match=r"^source=.*out has no tokenizer, allowed: a folder with its tokenizer.json"
+    ):
         load_model(tmp_path / "out")
 
 

@@ -69,11 +69,13 @@ class Experiment:
         output: where they go.
         config: of the dense model's training, resolved, with the wsd schedule.
         extra: budgets, in FLOPs of the dense training.
+        all_flops: also train what starts from nothing with the FLOPs of the dense training and the largest budget.
     """
 
     output: Path
     config: dict[str, Any]
     extra: tuple[float, ...]
+    all_flops: bool = True
 
     def base(self, seed: int) -> Run:
         """The dense training; its rate does not decay, because training goes on."""
@@ -89,7 +91,7 @@ class Experiment:
         """
         arm = ARMS[name]
         budgets = [(budget, False) for budget in self.extra]
-        if not arm.continues:
+        if not arm.continues and self.all_flops:
             budgets.append((1.0 + max(self.extra), True))
         return [self._arm_run(name, arm, seed, budget, total) for budget, total in sorted(budgets, reverse=True)]
 

@@ -67,7 +67,7 @@ def experiment_of(settings: Upcycling) -> Experiment:
     if settings.steps is not None:
         config["trainer"]["steps"] = settings.steps
     config["logger"]["display"] = "none"
-    return Experiment(settings.output, config, settings.extra)
+    return Experiment(settings.output, config, settings.extra, settings.all_flops)
 
 
 def check(settings: Upcycling, arms: tuple[str, ...]) -> None:
@@ -144,6 +144,7 @@ def asked(settings: Upcycling) -> list[str]:
     words.append(f"extra=[{','.join(f'{budget:g}' for budget in settings.extra)}]")
     words += [] if settings.data is None else [f"data={settings.data}"]
     words += [] if settings.steps is None else [f"steps={settings.steps}"]
+    words += [] if settings.all_flops else ["all_flops=false"]
     words += [] if settings.arms is None else [f"arms=[{','.join(settings.arms)}]"]
     return words + ([f"changes=[{','.join(settings.changes)}]"] if settings.changes else [])
 

@@ -1,0 +1,241 @@
+"""Training under DeepSpeed is what training under torch is: losses, norms, weights, and what the optimizer remembers.
+
+Two ranks are started once; they run all cases under both engines, and leave figures and checkpoints to compare.
+"""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from scatterfold.kernels import CheckpointError
+from scatterfold.moe.build import ModelPlan
+from scatterfold.moe.context import StepContext
+from scatterfold.moe.sharding import sharding_plan
+from scatterfold.moe.training.optimizers import AdamW
+from scatterfold.parallel import Layout, Process
+from scatterfold.parallel.checkpoint import Checkpointer
+from scatterfold.parallel.checkpoint.distributed import open_checkpoint
+from scatterfold.parallel.engines import DeepSpeedEngine, TorchEngine
+from scatterfold.parallel.process import running, sum_over_ranks
+
+if importlib.util.find_spec("deepspeed") is None:  # importing it takes seconds, and ranks need it only
+    pytest.skip("needs deepspeed: pip install 'scatterfold[deepspeed]'", allow_module_level=True)
+
+pytestmark = [pytest.mark.distributed, pytest.mark.filterwarnings("ignore:torch.distributed is disabled")]
+
+SEQUENCES, LENGTH, VOCAB, MICRO_BATCHES = 8, 8, 29, 2  # micro-batches of a rank of two
+STEPS, NOT_TAKEN, SAVED = 5, 1, 2
+OPTIMIZER = AdamW(lr=0.01, weight_decay=1.0, eps=1e-3)  # a small eps makes noise of gradients that are almost zero
+MODEL = {
+    **{"vocab_size": VOCAB, "layers": 2, "width": 16, "heads": 4, "kv_heads": 2, "max_positions": LENGTH},
+    **{"expert_width": 8, "num_experts": 4, "shared_expert_width": 8, "ffn_width": 24},
+}
+MODELS = {
+    "dense": {"num_experts": 0, "shared_expert_width": None},
+    "moe": {"tie_embeddings": True},
+    "frozen": {"frozen": ["embedding.weight", "blocks.0.attention.*", "blocks.1.mlp.router.*"]},
+}
+# Nothing is too small to be cut in stage 3, and groups of parameters are updated in several parts.
+JSON = {"zero_optimization": {"stage3_param_persistence_threshold": 0, "sub_group_size": 1000, "stage": "auto"}}
+CASES = {  # model, layout, and what differs from the engine's defaults
+    "dense 0": ("dense", Layout(), {"zero_stage": 0}),
+    "dense 1": ("dense", Layout(), {"zero_stage": 1}),
+    "dense 2": ("dense", Layout(), {"zero_stage": 2, "overlap": True, "bucket_mb": 0.002}),
+    "dense 3": ("dense", Layout(), {"zero_stage": 3}),
+    "moe 1": ("moe", Layout(), {"zero_stage": 1}),
+    "moe 2": ("moe", Layout(), {"zero_stage": 2}),
+    "moe 3": ("moe", Layout(), {"zero_stage": 3, "bucket_mb": 0.002}),
+    "moe ep 0": ("moe", Layout(ep=2), {"zero_stage": 0}),
+    "moe ep 1": ("moe", Layout(ep=2), {"zero_stage": 1}),
+    "moe ep 2": ("moe", Layout(ep=2), {"zero_stage": 2}),
+    "frozen 1": ("frozen", Layout(), {"zero_stage": 1}),
+    "frozen 3": ("frozen", Layout(), {"zero_stage": 3}),
+    "frozen ep 2": ("frozen", Layout(ep=2), {"zero_stage": 2}),
+}
+REFERENCES = sorted({"dense", "moe", "moe ep", "frozen", "frozen ep"})
+RESUMED = {  # how it goes on from whose checkpoint
+    "torch from moe 2": ("moe", Layout(), None, "moe 2"),
+    "moe 3 from torch": ("moe", Layout(), {"zero_stage": 3}, "moe"),
+    "moe 1 from moe 3": ("moe", Layout(), {"zero_stage": 1}, "moe 3"),
+    "moe ep 2 from moe 3": ("moe", Layout(ep=2), {"zero_stage": 2}, "moe 3"),
+    "torch from moe ep 1": ("moe", Layout(), None, "moe ep 1"),
+    "moe ep 0 from torch": ("moe", Layout(ep=2), {"zero_stage": 0}, "moe"),
+}
+
+
+def engine_of(options, folder):
+    return TorchEngine() if options is None else DeepSpeedEngine(**options, config=folder / "deepspeed.json")
+
+
+def prepare(process, model, layout, engine, **options):
+    config = {
+        "model": {**MODEL, **MODELS[model]},
+        "router": {
+            "_target_": "scatterfold.moe.routers.TopKRouter",
+            **{"top_k": 2, "z_loss": 0.01, "balance_global_batch": 0.1},
+        },
+        "experts": {"_target_": "scatterfold.moe.Experts"},
+        "dispatcher": {"_target_": "scatterfold.parallel.dispatchers.AllToAllDispatcher"},
+    }
+    plan, meshes = ModelPlan.from_config(config), layout.resolve(process.world).meshes("cpu")
+    with torch.device("meta"):
+        parts = plan.make_parts(engine.schedule, "full" if model == "frozen" else "none", meshes)
+    plan = sharding_plan(parts)
+    return engine.prepare(parts, OPTIMIZER, process=process, meshes=meshes, plan=plan, **options)
+
+
+def micro_batches(step, process):
+    """This rank's share of the batch of a step, which is the same however many ranks there are."""
+    tokens = torch.randint(0, VOCAB, (SEQUENCES, LENGTH), generator=torch.Generator().manual_seed(step))
+    own = tokens.chunk(process.world)[process.rank].chunk(MICRO_BATCHES * 2 // process.world)
+    context = StepContext(global_tokens=SEQUENCES * LENGTH)
+    return [{"tokens": part, "labels": part.roll(-1, 1), "context": context} for part in own]
+
+
+def train(process, training, first, last, checkpointer=None, max_norm=0.5):
+    """Figures of some steps, of which one is computed and not taken, as the step guard does it."""
+    figures = []
+    for step in range(first, last):
+        share = training.run(micro_batches(step, process), scale=1 / (SEQUENCES * LENGTH))
+        loss, norm = sum_over_ranks(share).item(), training.clip(max_norm).item()
+        if step == 0:
+            by_name = training.grad_norms_by_parameter()
+        if step != NOT_TAKEN:
+            training.step()
+        training.zero_grad()
+        figures.append([loss, norm])
+        if checkpointer is not None and step + 1 in (SAVED, STEPS):
+            checkpointer.save(step + 1, training.state_dict(), {})
+    evaluation = sum_over_ranks(training.evaluate(micro_batches(99, process)[0])).item()
+    return {"figures": figures, "evaluation": evaluation, "by_name": by_name if first == 0 else None}
+
+
+def in_two_ranks(folder):
+    folder, found = Path(folder), {}
+    with running("cpu", timeout_s=120) as process:
+
+        def run(name, model, layout, engine, **options):
+            checkpointer = Checkpointer(folder / name, process=process)
+            training = prepare(process, model, layout, engine, **options)
+            found[name] = train(process, training, 0, STEPS, checkpointer)
+
+        for name in REFERENCES:
+            run(name, name.split()[0], Layout(ep=2 if "ep" in name else 1), TorchEngine())
+        for name, (model, layout, options) in CASES.items():
+            run(name, model, layout, engine_of(options, folder))
+        for name, (model, layout, options, source) in RESUMED.items():
+            training = prepare(process, model, layout, engine_of(options, folder), seed=7)
+            training.load(folder / source / f"step-{SAVED}")
+            found[name] = train(process, training, SAVED, STEPS)
+        run("bf16", "moe", Layout(), TorchEngine(), precision="bf16")
+        run("bf16 2", "moe", Layout(), engine_of({"zero_stage": 2}, folder), precision="bf16")
+        run("bf16 3", "moe", Layout(), engine_of({"zero_stage": 3}, folder), precision="bf16")
+        everywhere = {"offload_optimizer": "cpu"}
+        run("offload 2", "moe", Layout(), engine_of({"zero_stage": 2, **everywhere}, folder))
+        everywhere["offload_parameters"] = "cpu"
+        run("offload 3", "moe", Layout(), engine_of({"zero_stage": 3, **everywhere}, folder))
+        training = prepare(process, "dense", Layout(), engine_of({"zero_stage": 2}, folder))
+        try:
+            training.load(folder / "moe" / f"step-{SAVED}")
+        except CheckpointError as error:
+            found["refused"] = str(error)
+        if process.is_main:
+            (folder / "found.json").write_text(json.dumps(found))
+
+
+def alone(folder):
+    """One process goes on where two stopped."""
+    folder = Path(folder)
+    with running("cpu") as process:
+        training = prepare(process, "moe", Layout(), engine_of({"zero_stage": 2}, folder), seed=7)
+        training.load(folder / "moe 3" / f"step-{SAVED}")
+        (folder / "alone.json").write_text(json.dumps(train(process, training, SAVED, STEPS)))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, run_ranks):
+    folder = tmp_path_factory.mktemp("deepspeed")
+    (folder / "deepspeed.json").write_text(json.dumps(JSON))
+    run_ranks(2, __file__, "in_two_ranks", folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def found(folder):
+    return json.loads((folder / "found.json").read_text())
+
+
+def assert_close(one, other, tolerance):
+    """Figures and checkpoints are the same: absolutely, relative to the largest value of a tensor."""
+    torch.testing.assert_close(torch.tensor(one), torch.tensor(other), rtol=tolerance, atol=0)
+
+
+def reference(name):
+    model, *rest = name.split()
+    return f"{model} ep" if "ep" in rest else model
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_losses_and_norms_are_those_of_torch(found, name):
+    here, there = found[name], found[reference(name)]
+    assert_close(here["figures"], there["figures"], 1e-6)
+    assert_close(here["evaluation"], there["evaluation"], 1e-6)
+    norms = [norm for _, norm in there["figures"]]
+    assert min(norms) > 0.5  # clipping was at work
+    assert here["by_name"].keys() == {name for name, norm in there["by_name"].items()}
+    for parameter, norm in here["by_name"].items():
+        assert norm == pytest.approx(there["by_name"][parameter], rel=1e-5, abs=1e-9), parameter
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("step", [SAVED, STEPS])
+def test_checkpoints_are_those_of_torch(folder, found, name, step):
+    for kind in ("model.", "optimizer."):
+        here, there = (open_checkpoint(folder / run / f"step-{step}", kind) for run in (name, reference(name)))
+        assert here.keys() == there.keys() and len(there) > 10
+        for tensor, stored in there.items():
+            expected = stored.read().double()
+            error = (here[tensor].read().double() - expected).abs().max()
+            assert here[tensor].shape == stored.shape
+            assert error <= 2e-6 * expected.abs().max(), tensor
+
+
+@pytest.mark.parametrize("name", RESUMED)
+def test_a_run_goes_on_under_another_engine(found, name):
+    _, _, _, source = RESUMED[name]
+    assert_close(found[name]["figures"], found[source]["figures"][SAVED:], 2e-6)
+    assert_close(found[name]["evaluation"], found[source]["evaluation"], 2e-6)
+
+
+def test_a_run_goes_on_with_another_number_of_ranks(folder, found, run_ranks):
+    run_ranks(1, __file__, "alone", folder)
+    under_deepspeed = json.loads((folder / "alone.json").read_text())
+    training = prepare(Process(), "moe", Layout(), TorchEngine(), seed=7)
+    training.load(folder / "moe 3" / f"step-{SAVED}")
+    under_torch = train(Process(), training, SAVED, STEPS)
+    for here in (under_deepspeed, under_torch):
+        assert_close(here["figures"], found["moe 3"]["figures"][SAVED:], 1e-5)
+
+
+@pytest.mark.parametrize("name", ["bf16 2", "bf16 3"])
+def test_bf16_is_the_same_autocast(found, name):
+    assert_close(found[name]["figures"], found["bf16"]["figures"], 1e-6)
+    assert abs(found["bf16"]["figures"][0][0] / found["moe"]["figures"][0][0] - 1) > 1e-5  # the tolerance tells them apart
+
+
+@pytest.mark.parametrize("name", ["offload 2", "offload 3"])
+def test_offload_changes_nothing(found, name):
+    assert_close(found[name]["figures"], found["moe"]["figures"], 1e-6)
+
+
+def test_a_checkpoint_of_another_model_is_refused(found):
+    assert "is of another model" in found["refused"]
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    globals()[sys.argv[1]](*sys.argv[2:])
