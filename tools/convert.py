@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from .arguments import argument
-from .subcommands import run_command
+from .subcommands import on_all_ranks, run_command
 
 if TYPE_CHECKING:
     from ..moe.interop import WriteReceipt
@@ -54,23 +54,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(settings: Convert) -> int:
-    from ..kernels.errors import InputError
-    from ..parallel.process import running
     from .files import check_target, write_atomically
 
-    check_target(settings.json)
-    with running("cpu") as process:
-        try:
-            receipt = _convert(settings)
-        except InputError:
-            if process.is_main:
-                raise
-            return 2  # every rank has the same error: one line is enough
-        if process.is_main:
+    def command(is_main: bool) -> None:
+        receipt = _convert(settings)
+        if is_main:
             if settings.json is not None:
                 write_atomically(settings.json, json.dumps(receipt.record(), indent=2) + "\n")
             _show(receipt)
-    return 0
+
+    check_target(settings.json)
+    return on_all_ranks(command)
 
 
 def _convert(settings: Convert) -> WriteReceipt:

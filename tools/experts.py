@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from .arguments import argument
-from .subcommands import run_subcommand
+from .subcommands import on_all_ranks, run_subcommand
 
 if TYPE_CHECKING:
     from ..moe.surgery import Operation, SurgeryReceipt
@@ -114,9 +114,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(settings: Prune | Merge | Grow) -> int:
     import torch
 
-    from ..kernels.errors import ConfigError, InputError
+    from ..kernels.errors import ConfigError
     from ..moe.surgery import Job, operate
-    from ..parallel.process import running
     from .files import check_target, write_atomically
 
     check_target(settings.json)
@@ -134,18 +133,15 @@ def _run(settings: Prune | Merge | Grow) -> int:
         device=device,
         options=tuple(options.items()),
     )
-    with running("cpu") as process:
-        try:
-            receipt = operate(job, _operation(settings), _tell if process.is_main else lambda line: None)
-        except InputError:
-            if process.is_main:
-                raise
-            return 2  # every rank has the same error: one line is enough
-        if process.is_main:
+
+    def command(is_main: bool) -> None:
+        receipt = operate(job, _operation(settings), _tell if is_main else lambda line: None)
+        if is_main:
             if settings.json is not None:
                 write_atomically(settings.json, json.dumps(receipt.record(), indent=2) + "\n")
             _show(receipt)
-    return 0
+
+    return on_all_ranks(command)
 
 
 def _operation(settings: Prune | Merge | Grow) -> Operation:

@@ -55,3 +55,23 @@ def _start(settings: type, run: Run, words: list[str]) -> int:
         print(usage(settings))
         return 0
     return run(parse(settings, words))
+
+
+def on_all_ranks(command: Callable[[bool], None]) -> int:
+    """Run a command whose ranks share the work, on the CPU; returns the exit code.
+
+    Args:
+        command: gets whether this is the main rank, which alone prints and writes receipts. It raises InputError on
+            every rank or on none.
+    """
+    from ..kernels.errors import InputError
+    from ..parallel.process import running
+
+    with running("cpu") as process:
+        try:
+            command(process.is_main)
+        except InputError:
+            if process.is_main:
+                raise
+            return 2  # every rank has the same error: one line is enough
+    return 0

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from .arguments import argument
-from .subcommands import run_command
+from .subcommands import on_all_ranks, run_command
 from .upcycle_report import measured_rows, plan_rows, show, written_rows
 
 if TYPE_CHECKING:
@@ -96,14 +96,14 @@ def _run(settings: Upcycle) -> int:
     from ..moe.interop.open import open_model
     from ..moe.interop.write import write_model
     from ..moe.upcycle import architecture_of, measure, plan_upcycle, target_of, upcycle
-    from ..parallel.process import running
     from .files import check_target, write_atomically
 
     check_target(settings.json)
     conversion = settings.conversion()
     if settings.output is None and not settings.dry_run:
         raise ConfigError("output is missing, allowed: output=DIR, folder to write, or dry_run=true")
-    with running("cpu") as process:
+
+    def command(is_main: bool) -> None:
         sources = [open_model(source) for source in settings.source]
         result = upcycle(sources, conversion)
         to = target_of(sources[0], settings.to)
@@ -118,15 +118,16 @@ def _run(settings: Upcycle) -> int:
             record["written"] = written.record()
             rows += written_rows(written)
             made = open_model(settings.output)  # as it is on the disk, which shows that it can be read
-            if process.is_main and settings.probe:
+            if is_main and settings.probe:
                 measured = measure(sources, made, settings.probe_tokens)
                 record["measured"] = measured.record()
                 rows += measured_rows(measured, plan, written)
-        if process.is_main:
+        if is_main:
             if settings.json is not None:
                 write_atomically(settings.json, json.dumps(record, indent=2) + "\n")
             show(rows)
-    return 0
+
+    return on_all_ranks(command)
 
 
 def _layers(text: str) -> str | tuple[int, ...]:

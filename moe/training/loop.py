@@ -217,6 +217,7 @@ class Loop:
         }
         metric = self._judged[1] if self._judged is not None and self._judged[0] == step else None
         self.checkpointer.save(step, self.engine.state_dict(), meta, metric=metric)
+        self.engine.save_beside(self.checkpointer.folder, step)
         self._saved_step = step
         self.meter.pause()
 

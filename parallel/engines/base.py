@@ -115,6 +115,13 @@ class Engine(Protocol):
         """Model and optimizer as one flat mapping of live tensors, by names that do not depend on the layout."""
         ...
 
+    def save_beside(self, checkpoints: Path, step: int) -> None:
+        """Write what other tools of this engine read, beside the folder of checkpoints that has one of this step now.
+
+        Every rank must call it. Most engines have nothing to write.
+        """
+        ...
+
     def load(self, path: Path) -> None:
         """Read model and optimizer from a checkpoint of any layout. Raises: CheckpointError, with nothing changed."""
         ...

@@ -91,6 +91,9 @@ class TorchTraining:
         self._reshard()
         return {**model_state(*self.parts), **optimizer_state(self.optimizer, *self.parts)}
 
+    def save_beside(self, checkpoints: Path, step: int) -> None:
+        """Nothing: our checkpoints are torch's."""
+
     def load(self, path: Path) -> None:
         self._reshard()
         own = model_state(*self.parts)

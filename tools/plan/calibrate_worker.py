@@ -33,7 +33,9 @@ def main(settings: dict[str, Any], result: Path) -> None:
 def _measure(settings: dict[str, Any], process: Process) -> Device:
     clock = Clock(process.device, settings["seconds"])
     job = _job(RunPlan.from_config(settings["config"]), process.world, process.device.type)
-    links = measure_links(clock) if process.world > 1 else dict.fromkeys(COLLECTIVES, Link(1e12, 0.0))
+    links: dict[str, Link] = dict.fromkeys(COLLECTIVES, Link(1e12, 0.0))  # of one rank, which sends nothing
+    if process.world > 1:
+        links = measure_links(clock)
     device = Device(
         name=device_name(process.device),
         kind=process.device.type,

@@ -136,6 +136,6 @@ def _leaves(out: Tensor) -> list[Tensor]:
             continue
         seen.add(node)
         if hasattr(node, "variable"):
-            found.append(node.variable)
+            found.append(node.variable)  # type: ignore[reportAttributeAccessIssue]
         nodes.extend(following for following, _ in node.next_functions)
     return found

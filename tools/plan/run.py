@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
-from ...moe.estimate import SIZES, Candidate, Device, Workload, search
+from ...moe.estimate import Candidate, Device, Workload, search
 from ...moe.estimate.devices import with_nodes
 from ...moe.training.display import quantity
 from ..files import check_target, write_atomically
 from .calibration import choose_device
 from .configuration import compose, given_sizes, read
 from .cost import Cost
-from .table import print_table
+from .table import details, layout_words, print_table
 
 if TYPE_CHECKING:
     from .command import Plan
@@ -31,6 +31,7 @@ def run(settings: Plan, overrides: list[str]) -> int:
     cost = Cost(settings.gpus, settings.tokens, settings.price_per_hour)
     print(_header(workload, settings.gpus, device, found))
     print_table(found[: settings.top], cost, len(found))
+    print(f"\n{details(found[0])}")
     print(_remarks(found, device))
     if settings.json is not None:
         write_atomically(settings.json, json.dumps(_document(workload, settings, device, found, cost), indent=1) + "\n")
@@ -56,31 +57,29 @@ def _header(workload: Workload, gpus: int, device: Device, found: list[Candidate
 
 
 def _remarks(found: list[Candidate], device: Device) -> str:
-    """What the best layouts with and without expert parallelism differ by, and what does not fit, and why."""
+    """What cutting experts gains or costs, what does not fit and why, and what the figures are."""
     lines = [""]
     fitting = [candidate for candidate in found if not candidate.refused]
-    spread = next((candidate for candidate in fitting if candidate.layout.ep > 1), None)
-    local = next((candidate for candidate in fitting if candidate.layout.ep == 1), None)
+    spread = next((candidate for candidate in fitting if candidate.layout.ep * candidate.layout.etp > 1), None)
+    local = next((candidate for candidate in fitting if candidate.layout.ep * candidate.layout.etp == 1), None)
     if spread and local:
-        ratio = local.time.total / spread.time.total
-        faster = f"{ratio:.2f} times as fast as" if ratio >= 1 else f"slower, {ratio:.2f} times as fast as"
-        lines.append(f"Best with ep above 1 ({sizes(spread)}) is {faster} the best with ep=1 ({sizes(local)}).")
+        gain = local.time.total / spread.time.total - 1
+        words = (
+            f"{gain:.0%} faster than" if gain > 0.005 else f"{-gain:.0%} slower than" if gain < -0.005 else "as fast as"
+        )
+        lines.append(
+            f"Experts over ranks: the best layout with ({layout_words(spread)}) is {words} the best without "
+            f"({layout_words(local) or 'one rank'})."
+        )
     if len(fitting) < len(found):
         nearest = found[len(fitting)]
-        lines.append(f"Nearest that does not fit: {sizes(nearest)}: {nearest.refused}.")
+        lines.append(f"Nearest that does not fit: {layout_words(nearest) or 'one rank'}: {nearest.refused}.")
     if device.memory is not None:
         lines.append(
-            f"Memory is what torch allocates on the fullest rank; {device.reserved / 2**30:.1f} GiB of "
-            f"{device.memory / 2**30:.0f} are left for context, communicators and fragmentation."
+            f"Memory is what torch allocates; {device.reserved / 2**30:.1f} of {device.memory / 2**30:.0f} GiB are left "
+            "for context, communicators and fragmentation."
         )
-    lines.append("Estimates, of formulas that docs/plan.md states with their measured errors.")
-    return "\n".join(lines)
-
-
-def sizes(candidate: Candidate) -> str:
-    """A layout as words of a command."""
-    found = [f"{name}={getattr(candidate.layout, name)}" for name in SIZES if getattr(candidate.layout, name) > 1]
-    return " ".join(found) or "dp_replicate=1"
+    return "\n".join([*lines, "These are estimates; docs/plan.md states the formulas and their measured errors."])
 
 
 def _document(workload: Workload, settings: Plan, device: Device, found: list[Candidate], cost: Cost) -> dict[str, Any]:

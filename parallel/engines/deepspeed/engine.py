@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -22,6 +23,7 @@ from .experts import localise, mark_experts, split_groups
 from .partition import gather_whole_blocks, in_whole_shapes, make_partitioned
 from .settings import Offload, check_agrees, make_config, owned_keys, read_json
 from .training import DeepSpeedTraining
+from .views import GatheredViews
 
 STAGES = (0, 1, 2, 3)
 _TORCH = "or engine=torch"
@@ -42,6 +44,8 @@ class DeepSpeedEngine:
         bucket_mb: size of the messages in which gradients travel, in MiB.
         overlap: reduce gradients while the backward pass goes on.
         config: a DeepSpeed JSON to merge in.
+        native_checkpoints: write DeepSpeed's own checkpoint beside each of ours, for its tools. We never read it: it is
+            pickled.
 
     Raises: ConfigError for a value out of range, or a file that cannot be read.
     """
@@ -55,6 +59,7 @@ class DeepSpeedEngine:
         bucket_mb: float = 25.0,
         overlap: bool = False,
         config: Path | None = None,
+        native_checkpoints: bool = False,
     ) -> None:
         if zero_stage not in STAGES:
             raise ConfigError(f"engine.zero_stage={zero_stage} is unknown, allowed: {', '.join(map(str, STAGES))}")
@@ -65,6 +70,7 @@ class DeepSpeedEngine:
         self.bucket_mb = bucket_mb
         self.overlap = overlap
         self.config = config
+        self.native_checkpoints = native_checkpoints
         self.raw = {} if config is None else read_json(config)
         self.schedule = PipelineSchedule()
 
@@ -90,6 +96,11 @@ class DeepSpeedEngine:
             raise ConfigError(
                 f"layout.ep={layout.ep} with engine=deepspeed and engine.zero_stage=3, which cuts all parameters over "
                 f"the same ranks, allowed: engine.zero_stage=0, 1 or 2, {_TORCH}"
+            )
+        if layout.ep > 1 and self.native_checkpoints:
+            raise ConfigError(
+                f"engine.native_checkpoints=true with layout.ep={layout.ep}, of which DeepSpeed writes the experts of "
+                "its own layers only, allowed: engine.native_checkpoints=false (ours have all), or layout.ep=1"
             )
         if job.compile:
             raise ConfigError(f"trainer.compile=true with engine=deepspeed, allowed: trainer.compile=false, {_TORCH}")
@@ -151,7 +162,15 @@ class DeepSpeedEngine:
             torch.use_deterministic_algorithms(True)
         engine = _start(deepspeed, part, optimizer, config, has_experts=bool(cuts))
         return DeepSpeedTraining(
-            engine, part, optimizer, stage=self.zero_stage, meshes=meshes, device=process.device, cuts=cuts
+            engine,
+            part,
+            optimizer,
+            stage=self.zero_stage,
+            meshes=meshes,
+            device=process.device,
+            cuts=cuts,
+            native=self.native_checkpoints,
+            around_forward=GatheredViews(plan.units).forgotten if self.zero_stage == 3 else contextlib.nullcontext,
         )
 
     def _fill(

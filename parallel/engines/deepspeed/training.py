@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import contextlib
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +39,8 @@ class DeepSpeedTraining:
         optimizer: the one that the run made; with ZeRO its groups hold flat slices of float32 parameters.
         stage: of ZeRO.
         cuts: by name, parameters that are parts of others: experts under ep.
+        native: write DeepSpeed's own checkpoints too.
+        around_forward: what forward passes that learn run in.
     """
 
     def __init__(
@@ -48,6 +53,8 @@ class DeepSpeedTraining:
         meshes: Meshes,
         device: torch.device,
         cuts: Mapping[str, Cut],
+        native: bool = False,
+        around_forward: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext,
     ) -> None:
         self.parts = [part]
         self.optimizer = optimizer
@@ -55,6 +62,8 @@ class DeepSpeedTraining:
         self._engine = engine
         self._stage = stage
         self._device = device
+        self._native = native
+        self._around_forward = around_forward
         self._ranks = meshes.layout.world
         self._zero = engine.optimizer if stage > 0 else None
         self._state = make_state(engine, part, optimizer, stage, cuts, meshes)
@@ -67,7 +76,8 @@ class DeepSpeedTraining:
         self._has_gradients = True
         for number, micro_batch in enumerate(micro_batches, start=1):
             self._engine.set_gradient_accumulation_boundary(number == len(micro_batches))
-            loss = self._engine(**micro_batch) * scale
+            with self._around_forward():
+                loss = self._engine(**micro_batch) * scale
             self._engine.backward(loss if self._zero is None else loss * self._ranks, scale_wrt_gas=False)
             total += loss.detach()
         if self._zero is None:
@@ -159,6 +169,17 @@ class DeepSpeedTraining:
 
     def state_dict(self) -> dict[str, Tensor]:
         return self._state.collect()
+
+    def save_beside(self, checkpoints: Path, step: int) -> None:
+        """DeepSpeed's checkpoint goes to the folder `deepspeed` beside ours, and is kept as long as that of its step."""
+        if not self._native:
+            return
+        folder, own = checkpoints.parent / "deepspeed", f"step-{step}"
+        self._engine.save_checkpoint(str(folder), tag=own)
+        if self.meshes.rank == 0:
+            for tag in folder.glob("step-*"):
+                if tag.name != own and not (checkpoints / tag.name).exists():  # ours of this step may be on its way
+                    shutil.rmtree(tag, ignore_errors=True)
 
     def load(self, path: Path) -> None:
         path = Path(path)
