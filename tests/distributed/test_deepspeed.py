@@ -224,7 +224,9 @@ def test_a_run_goes_on_with_another_number_of_ranks(folder, found, run_ranks):
 @pytest.mark.parametrize("name", ["bf16 2", "bf16 3"])
 def test_bf16_is_the_same_autocast(found, name):
     assert_close(found[name]["figures"], found["bf16"]["figures"], 1e-6)
-    assert abs(found["bf16"]["figures"][0][0] / found["moe"]["figures"][0][0] - 1) > 1e-5  # the tolerance tells them apart
+    assert (
+        abs(found["bf16"]["figures"][0][0] / found["moe"]["figures"][0][0] - 1) > 1e-5
+    )  # the tolerance tells them apart
 
 
 @pytest.mark.parametrize("name", ["offload 2", "offload 3"])

@@ -149,7 +149,6 @@ def test_peak_memory_is_that_of_the_allocator(found, world, name):
     """A model so small that tables and other small tensors count; larger ones are nearer (docs/plan.md)."""
     estimated = peak_memory(job(world, **CASES[world][name]))
     real = max(rank["peak"] for rank in found(world, name))
-    print("PEAK", name, estimated.total / real)
     assert estimated.total == pytest.approx(real, rel=0.2)
 
 

@@ -49,7 +49,11 @@ def test_data_parallelism_runs_with_every_stage(stage):
         ({}, {"cp": 4}, "layout.cp=4 with engine=deepspeed, .* allowed: layout.cp=1, or engine=torch"),
         ({}, {"etp": 2}, "layout.etp=2 with engine=deepspeed, .* allowed: layout.etp=1, or engine=torch"),
         ({}, {"dp_shard": 8}, "layout.dp_shard=8 with engine=deepspeed, where engine.zero_stage .* or engine=torch"),
-        ({"zero_stage": 3}, {"ep": 2}, "layout.ep=2 .* engine.zero_stage=3, .* engine.zero_stage=0, 1 or 2, or engine="),
+        (
+            {"zero_stage": 3},
+            {"ep": 2},
+            "layout.ep=2 .* engine.zero_stage=3, .* engine.zero_stage=0, 1 or 2, or engine=",
+        ),
         ({"native_checkpoints": True}, {"ep": 2}, "engine.native_checkpoints=true with layout.ep=2, .* allowed: "),
         (
             {"zero_stage": 3, "offload_parameters": "nvme", "nvme_path": "/x"},
@@ -88,10 +92,22 @@ def test_a_missing_or_old_library_is_named(monkeypatch):
         ({"zero_stage": 4}, "engine.zero_stage=4 is unknown, allowed: 0, 1, 2, 3"),
         ({"bucket_mb": 0.0}, "engine.bucket_mb=0.0 is out of range, allowed: above 0"),
         ({"offload_optimizer": "disk"}, "engine.offload_optimizer='disk' is unknown, allowed: none, cpu, nvme"),
-        ({"zero_stage": 0, "offload_optimizer": "cpu"}, "engine.offload_optimizer=cpu with engine.zero_stage=0, .* 1, 2"),
-        ({"zero_stage": 2, "offload_optimizer": "nvme"}, "engine.offload_optimizer=nvme with engine.zero_stage=2, .*=3"),
-        ({"zero_stage": 2, "offload_parameters": "cpu"}, "engine.offload_parameters=cpu with engine.zero_stage=2, .*=3"),
-        ({"zero_stage": 3, "offload_optimizer": "nvme"}, "engine.offload_optimizer=nvme needs engine.nvme_path, allowed"),
+        (
+            {"zero_stage": 0, "offload_optimizer": "cpu"},
+            "engine.offload_optimizer=cpu with engine.zero_stage=0, .* 1, 2",
+        ),
+        (
+            {"zero_stage": 2, "offload_optimizer": "nvme"},
+            "engine.offload_optimizer=nvme with engine.zero_stage=2, .*=3",
+        ),
+        (
+            {"zero_stage": 2, "offload_parameters": "cpu"},
+            "engine.offload_parameters=cpu with engine.zero_stage=2, .*=3",
+        ),
+        (
+            {"zero_stage": 3, "offload_optimizer": "nvme"},
+            "engine.offload_optimizer=nvme needs engine.nvme_path, allowed",
+        ),
     ],
 )
 def test_options_that_contradict_each_other(options, message):
@@ -117,7 +133,10 @@ def test_options_that_contradict_each_other(options, message):
             "zero_optimization.offload_optimizer.device=cpu contradicts engine.offload_optimizer=none",
         ),
         ({"scheduler": {"type": "WarmupLR"}}, "scheduler is not for this engine, allowed: schedule=…"),
-        ({"tensor_parallel": {"autotp_size": 2}}, "tensor_parallel is not for this engine, allowed: layout.tp with eng"),
+        (
+            {"tensor_parallel": {"autotp_size": 2}},
+            "tensor_parallel is not for this engine, allowed: layout.tp with eng",
+        ),
     ],
 )
 def test_a_json_that_contradicts_the_config_is_named_with_both_values(with_json, content, message):

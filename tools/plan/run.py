@@ -75,9 +75,10 @@ def _remarks(found: list[Candidate], device: Device) -> str:
         nearest = found[len(fitting)]
         lines.append(f"Nearest that does not fit: {layout_words(nearest) or 'one rank'}: {nearest.refused}.")
     if device.memory is not None:
+        reserved, whole = (size / 2**30 for size in (device.reserved, device.memory))
         lines.append(
-            f"Memory is what torch allocates; {device.reserved / 2**30:.1f} of {device.memory / 2**30:.0f} GiB are left "
-            "for context, communicators and fragmentation."
+            f"Memory is what torch allocates; {reserved:.1f} of {whole:.0f} GiB are left for context, communicators "
+            "and fragmentation."
         )
     return "\n".join([*lines, "These are estimates; docs/plan.md states the formulas and their measured errors."])
 

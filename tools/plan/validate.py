@@ -80,7 +80,7 @@ def _line(record: dict[str, Any]) -> str:
     memory, seconds = record["memory"], record["seconds"]
     return (
         f"{record['case']:<24} {record['ranks']} rank{'s' if record['ranks'] > 1 else ' '} "
-        f"memory {memory['predicted'] / 1e6:8.1f} MB, measured {memory['measured'] / 1e6:8.1f} ({memory['error']:+.1%})  "
+        f"memory {memory['predicted'] / 1e6:.1f} MB, measured {memory['measured'] / 1e6:.1f} ({memory['error']:+.1%}); "
         f"step {seconds['predicted']:.3f} s, measured {seconds['measured']:.3f} ({seconds['error']:+.1%})"
     )
 

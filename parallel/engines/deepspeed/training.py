@@ -171,7 +171,7 @@ class DeepSpeedTraining:
         return self._state.collect()
 
     def save_beside(self, checkpoints: Path, step: int) -> None:
-        """DeepSpeed's checkpoint goes to the folder `deepspeed` beside ours, and is kept as long as that of its step."""
+        """DeepSpeed's goes to the folder `deepspeed` beside ours, and is kept as long as ours of that step."""
         if not self._native:
             return
         folder, own = checkpoints.parent / "deepspeed", f"step-{step}"
