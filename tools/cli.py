@@ -17,7 +17,6 @@ COMMANDS = {
     "upcycle": "make a mixture of experts from a dense model",
     "experts": "prune, merge or grow the experts of a model",
     "layout": "show which rank is where, and what its groups communicate",
-    "plan": "estimate memory, time and cost of every layout before anything runs",
     "launch": "start several ranks on one machine or many, or write a SLURM script",
     "sweep": "report on the trials of a sweep",
     "bench": "measure the kernels against their peers",
