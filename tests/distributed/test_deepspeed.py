@@ -3,6 +3,7 @@
 Two ranks are started once; they run all cases under both engines, and leave figures and checkpoints to compare.
 """
 
+import ctypes
 import importlib.util
 import json
 import sys
@@ -37,6 +38,7 @@ MODEL = {
 MODELS = {
     "dense": {"num_experts": 0, "shared_expert_width": None},
     "moe": {"tie_embeddings": True},
+    "large": {"width": 64, "expert_width": 512, "num_experts": 16},
     "frozen": {"frozen": ["embedding.weight", "blocks.0.attention.*", "blocks.1.mlp.router.*"]},
 }
 # Nothing is too small to be cut in stage 3, and groups of parameters are updated in several parts.
@@ -114,6 +116,35 @@ def train(process, training, first, last, checkpointer=None, max_norm=0.5):
     return {"figures": figures, "evaluation": evaluation, "by_name": by_name if first == 0 else None}
 
 
+class MemoryInUse(ctypes.Structure):
+    """What glibc's mallinfo2 returns."""
+
+    names = ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost")
+    _fields_ = [(name, ctypes.c_size_t) for name in names]
+
+    @classmethod
+    def bytes(cls):
+        mallinfo2 = ctypes.CDLL("libc.so.6").mallinfo2
+        mallinfo2.restype = cls
+        found = mallinfo2()
+        return found.uordblks + found.hblkhd
+
+
+def kept_of_experts(process, folder):
+    """What stage 3 keeps of the experts from a forward pass to its backward pass, when told to keep nothing."""
+    eager = {"stage3_max_live_parameters": 0, "stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 0}
+    file = folder / f"eager{process.rank}.json"
+    file.write_text(json.dumps({"zero_optimization": JSON["zero_optimization"] | eager}))
+    training = prepare(process, "large", Layout(), DeepSpeedEngine(zero_stage=3, config=file))
+    train(process, training, 0, 3)  # the first learns in which order modules come, and buffers are made
+    before, after = MemoryInUse.bytes(), []
+    whole_pass = training._engine.backward
+    training._engine.backward = lambda *args, **options: after.append(MemoryInUse.bytes()) or whole_pass(*args, **options)
+    training.run(micro_batches(3, process)[:1], scale=1.0)
+    named = training.named_parameters()
+    return (after[0] - before) / sum(4 * parameter.ds_numel for name, parameter in named if ".experts." in name)
+
+
 def in_two_ranks(folder):
     folder, found = Path(folder), {}
     with running("cpu", timeout_s=120) as process:
@@ -138,6 +169,7 @@ def in_two_ranks(folder):
         run("offload 2", "moe", Layout(), engine_of({"zero_stage": 2, **everywhere}, folder))
         everywhere["offload_parameters"] = "cpu"
         run("offload 3", "moe", Layout(), engine_of({"zero_stage": 3, **everywhere}, folder))
+        found["kept of experts"] = kept_of_experts(process, folder)
         training = prepare(process, "dense", Layout(), engine_of({"zero_stage": 2}, folder))
         try:
             training.load(folder / "moe" / f"step-{SAVED}")
@@ -232,6 +264,11 @@ def test_bf16_is_the_same_autocast(found, name):
 @pytest.mark.parametrize("name", ["offload 2", "offload 3"])
 def test_offload_changes_nothing(found, name):
     assert_close(found[name]["figures"], found["moe"]["figures"], 1e-6)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts bytes with glibc")
+def test_stage_3_keeps_no_gathered_experts_for_the_backward_pass(found):
+    assert found["kept of experts"] < 0.1  # two thirds, if autograd's views of them kept the memory
 
 
 def test_a_checkpoint_of_another_model_is_refused(found):

@@ -226,7 +226,7 @@ def test_a_killed_rank_is_started_again_and_the_curve_goes_on_exactly(launch_wit
 
 
 def test_a_rank_that_hangs_is_named_with_its_stack(launch_with_fault, tmp_path):
-    code, _, err = launch_with_fault("hang", overrides=["run_dir=run", "trainer.hang_timeout_s=4"])
+    code, _, err = launch_with_fault("hang", overrides=["run_dir=run", "trainer.hang_timeout_s=15"])
     assert code == 1
     (line,) = err.splitlines()
     assert "rank 1 hangs at" in line and "faults.py" in line and "rank 0 waits in" in line
