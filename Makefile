@@ -19,7 +19,7 @@ demo: .venv/installed
 	$(BIN)/scatterfold sample source=$(RUN) prompt="def " max_tokens=300 temperature=0.5 top_p=0.9
 
 test: .venv/installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .

@@ -6,8 +6,11 @@ Written against torch 2.11 to 2.13.
 from __future__ import annotations
 
 from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, ProcessGroup, Store, _resolve_process_group
 from torch.distributed.device_mesh import DeviceMesh
@@ -59,3 +62,26 @@ def ring_attention() -> tuple[Callable[..., Any], Callable[..., Any]]:
 def group_by_name(name: str) -> ProcessGroup:
     """The process group that torch's functional collectives mean by a name."""
     return _resolve_process_group(name)  # type: ignore[reportArgumentType]
+
+
+def in_backward() -> bool:
+    """Whether autograd is computing a backward pass now, on this thread: a forward pass is then a recomputation."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def set_group_timeouts(seconds: float) -> None:
+    """Let collectives of every process group wait so long; torch gives new groups a time of its own choice."""
+    from torch.distributed.distributed_c10d import _world
+
+    for group in list(_world.pg_map):
+        for device in group._device_types:
+            backend = group._get_backend(device)
+            if hasattr(backend, "_set_default_timeout"):  # the group that does nothing has none
+                backend._set_default_timeout(timedelta(seconds=seconds))
+
+
+def write_flight_record(path: Path) -> None:
+    """Write what torch's flight recorder remembers of this process, as JSON."""
+    from torch._C._distributed_c10d import _dump_fr_trace_json  # type: ignore[reportAttributeAccessIssue]
+
+    path.write_bytes(_dump_fr_trace_json())

@@ -33,36 +33,48 @@ def initialise(model: nn.Module, config: ModelConfig, seed: int) -> None:
     Numbers are drawn on the parameter's device, so they differ between CPU and CUDA.
     """
     for name, parameter in model.named_parameters():
-        _fill(parameter, name, _std(name, parameter, config), seed)
+        held = tuple(
+            slice(part.start, part.stop) for part in (local_range(parameter, d) for d in range(parameter.ndim))
+        )
+        initialise_part(local_part(parameter), name, parameter.shape, held, config, seed)
     for module in model.modules():
         reset_buffers = getattr(module, "reset_buffers", None)
         if reset_buffers is not None:
             reset_buffers()
 
 
-def _std(name: str, parameter: Tensor, config: ModelConfig) -> float:
-    if name.endswith(".router.weight"):
-        return 0.02
-    std = parameter.shape[-1] ** -0.5 if config.init_std is None else config.init_std
-    return std / (2 * config.layers) ** 0.5 if _WRITES_TO_RESIDUAL.search(name) else std
+@torch.no_grad()
+def initialise_part(
+    local: Tensor, name: str, whole: torch.Size, held: tuple[slice, ...], config: ModelConfig, seed: int
+) -> None:
+    """Give the part of a parameter the values that the whole has there; experts held by others are not drawn.
 
-
-def _fill(parameter: Tensor, name: str, std: float, seed: int) -> None:
-    """Give this rank's part the values that the whole parameter has there; experts held by others are not drawn."""
-    local = local_part(parameter)
+    Args:
+        local: the part.
+        name: of the parameter in the model.
+        whole: its shape.
+        held: where the part is, one slice a dimension.
+    """
+    std = _std(name, whole, config)
     if name.endswith(".adapters.w_out"):
         local.zero_()
         return
     is_bias = name.endswith(("bias", ".b_in", ".b_out", ".sinks"))
-    if is_bias or parameter.ndim < 2:
+    if is_bias or local.ndim < 2:
         local.fill_(0.0 if is_bias else 1.0)
         return
-    held = tuple(slice(part.start, part.stop) for part in (local_range(parameter, d) for d in range(parameter.ndim)))
-    if parameter.ndim == 2:
-        local.copy_(_normal(parameter.shape, local, std, f"{seed}/{name}")[held])
+    if local.ndim == 2:
+        local.copy_(_normal(whole, local, std, f"{seed}/{name}")[held])
         return
     for row, expert in enumerate(range(held[0].start, held[0].stop)):
-        local[row].copy_(_normal(parameter.shape[1:], local, std, f"{seed}/{name}/{expert}")[held[1:]])
+        local[row].copy_(_normal(whole[1:], local, std, f"{seed}/{name}/{expert}")[held[1:]])
+
+
+def _std(name: str, shape: torch.Size, config: ModelConfig) -> float:
+    if name.endswith(".router.weight"):
+        return 0.02
+    std = shape[-1] ** -0.5 if config.init_std is None else config.init_std
+    return std / (2 * config.layers) ** 0.5 if _WRITES_TO_RESIDUAL.search(name) else std
 
 
 def _normal(shape: torch.Size, like: Tensor, std: float, key: str) -> Tensor:

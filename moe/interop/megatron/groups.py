@@ -17,7 +17,7 @@ from .positions import read_positions, write_positions
 from .router import NAME, read_router, write_router
 
 # (activation_func, gated_linear_unit, activation_func_clamp_value, glu_linear_offset) of each of ours that they have
-_ACTIVATIONS = {
+ACTIVATIONS = {
     "swiglu": ("silu", True, None, 0.0),
     "geglu": ("gelu", True, None, 0.0),
     "reglu": ("relu", True, None, 0.0),
@@ -109,17 +109,17 @@ def write_fields(plan: ModelPlan) -> dict[str, Any]:
     if plan.is_moe and activation != config.activation and _has_dense(plan):
         raise Misfit(NAME, "experts.activation", activation, f"model.activation={config.activation}")
     names = ("activation_func", "gated_linear_unit", "activation_func_clamp_value", "glu_linear_offset")
-    return {**fields, **_write_biases(plan, settings["bias"]), **dict(zip(names, _ACTIVATIONS[activation]))}
+    return {**fields, **_write_biases(plan, settings["bias"]), **dict(zip(names, ACTIVATIONS[activation]))}
 
 
 def _read_activation(fields: ConfigJson) -> str:
-    name = fields.only("activation_func", *dict.fromkeys(kind[0] for kind in _ACTIVATIONS.values()))
+    name = fields.only("activation_func", *dict.fromkeys(kind[0] for kind in ACTIVATIONS.values()))
     gated, clamp = fields.flag("gated_linear_unit"), fields.get("activation_func_clamp_value")
     kind = (name or "gelu", gated, clamp, fields.real("glu_linear_offset") if gated else 0.0)
-    for ours, theirs in _ACTIVATIONS.items():
+    for ours, theirs in ACTIVATIONS.items():
         if kind == theirs:
             return ours
-    shown = "; ".join(f"{name}{' gated' if gated else ''}" for name, gated, _, _ in _ACTIVATIONS.values())
+    shown = "; ".join(f"{name}{' gated' if gated else ''}" for name, gated, _, _ in ACTIVATIONS.values())
     raise fields.refusal("activation_func", f"{shown}, the last but one gated with clamp 7 and offset 1")
 
 

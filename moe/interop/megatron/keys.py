@@ -28,6 +28,7 @@ _NORMS = {
     "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
 }
 _FUSED_NORMS = {plain: fused for fused, plain in _NORMS.items()}
+_BALANCE = ".router.losses."  # what our balance losses remember in a checkpoint of engine=megatron
 _EXPERT = re.compile(r"(.*\.experts\.experts)\.(\d+)\.(.+)")
 _HALF = re.compile(r"(.*\.linear_fc1\.(?:weight|bias))_([wv])")
 
@@ -44,7 +45,7 @@ def plain_view(folder: Path, held: Mapping[str, LazyTensor], layers: int) -> dic
     """
     prefix = _prefix(held)
     model = {key.removeprefix(prefix): tensor for key, tensor in held.items()}
-    model = {key: tensor for key, tensor in model.items() if key.startswith(PARTS)}
+    model = {key: tensor for key, tensor in model.items() if key.startswith(PARTS) and _BALANCE not in key}
     return _plain_norms(_join_experts(folder, _join_halves(_split_layers(folder, model, layers))))
 
 
