@@ -9,7 +9,7 @@ ROOT = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "__init__.py").read_text()).group(1)
 PACKAGES = find_packages(str(ROOT), include=["kernels*", "parallel*", "moe*", "tools*"], exclude=["tools.hydra_path*"])
 
-DEEPSPEED = ["deepspeed>=0.19"]
+DEEPSPEED = ["deepspeed>=0.19.8"]  # parallel/engines/deepspeed is written against it; its build needs no compiler
 HF = ["transformers>=5.0", "datasets>=3.0"]
 # The sweeper asks for a pre-release of Hydra (">=1.1.0.dev7"), so without an upper bound pip takes Hydra 1.4rc, which
 # it does not fit; its optuna 2.10 cannot migrate a database through SQLAlchemy 2.
@@ -66,7 +66,7 @@ setup(
         "tensorboard": TENSORBOARD,
         "data": DATA,
         "quack": QUACK,
-        "dev": [*DEV, *HF[:1], *TENSORBOARD, *DATA],
+        "dev": [*DEV, *DEEPSPEED, *HF[:1], *TENSORBOARD, *DATA, *SWEEP],
         "all": [*DEEPSPEED, *HF, *SWEEP, *TENSORBOARD, *DATA],
     },
     entry_points={"console_scripts": ["scatterfold=scatterfold.tools.cli:main"]},

@@ -62,11 +62,13 @@ class Loop:
         self._saved_step = self.progress.step  # a resumed run has its checkpoint, a new one has nothing to save
 
     def run(self) -> bool:
-        """Train to the last step. False if a signal asked to stop before; the state is saved either way."""
+        """Train to the last step. False if a signal or `stop_after` ended it before; the state is saved either way."""
         steps, progress = self.settings.steps, self.progress
         with Preemption() as preemption:
             self._evaluate_if_due()  # a run that was told to stop after a step has saved it first
             while progress.step < steps:
+                if self._rests():
+                    return False
                 stop = self._step(preemption.requested)
                 if stop and progress.step < steps:
                     self._save()
@@ -78,6 +80,17 @@ class Loop:
             self._evaluate_at_end()
             self._save()
             self.checkpointer.wait()
+        return True
+
+    def _rests(self) -> bool:
+        """Whether the run is to stop after this step; if so, it is evaluated as during the run, and saved."""
+        step, stop_after = self.progress.step, self.settings.stop_after
+        if stop_after is None or step < stop_after:
+            return False
+        if self.progress.evaluated_step != step:
+            self.evaluate(self._limit, judge=False)  # an uninterrupted run has no such evaluation to judge by
+        self._save()
+        self.checkpointer.wait()
         return True
 
     def evaluate(self, limit: int | None, judge: bool = True) -> Evaluation:

@@ -51,6 +51,12 @@ class Start:
         """Whether the run has done all its steps and its last evaluation; raise trainer.steps to go on."""
         return self.resumes and bool(self.meta.get("finished")) and self.progress().step >= steps
 
+    def rests(self, stop_after: int | None) -> bool:
+        """Whether the run has got to the step after which it is to stop, and was evaluated there."""
+        if stop_after is None or not self.resumes or self.meta.get("evaluation") is None:
+            return False
+        return self.progress().step >= stop_after
+
 
 def choose_start(config: Mapping[str, Any], folder: RunFolder) -> Start:
     """Follow `resume` (auto, never, or a path, which is taken whatever the run folder holds), `init_from` and

@@ -22,6 +22,8 @@ class TrainerSettings:
 
     Attributes:
         steps: optimizer steps of the whole run.
+        stop_after: stop after this step, evaluated and saved; the schedule stays that of `steps`, so that a run that
+            goes on later is the run that never stopped. None to run to the end.
         precision: fp32, or bf16: parameters and optimizer in float32, matrix products in bfloat16.
         gradient_clip: largest global gradient norm; None to clip nothing.
         activation_checkpointing: none; full: keep each block's input only; selective: keep attention, recompute MLPs.
@@ -46,6 +48,7 @@ class TrainerSettings:
     """
 
     steps: int
+    stop_after: int | None = None
     precision: str = "fp32"
     gradient_clip: float | None = 1.0
     activation_checkpointing: str = "none"
@@ -80,6 +83,8 @@ class TrainerSettings:
             ("max_skipped_steps", 1),
         ):
             _at_least(self, "trainer", name, least)
+        if self.stop_after is not None and self.stop_after < 1:
+            raise ConfigError(f"trainer.stop_after={self.stop_after} is too small, allowed: null, 1 or more")
         if self.eval_batches is not None and self.eval_batches < 1:
             raise ConfigError(f"trainer.eval_batches={self.eval_batches} is too small, allowed: null, 1 or more")
         if not self.hang_timeout_s > 0:

@@ -90,6 +90,32 @@ def spawn():
     return run
 
 
+@pytest.fixture
+def trials_here(monkeypatch):
+    """Trials of a sweep run in this process, where a process of their own would cost seconds each.
+
+    Returns: their folder names and the words that are not the same for all, in the order in which they started.
+    """
+    import contextlib
+    import os
+
+    from scatterfold.tools.train import main as train
+    from scatterfold.tools.trials import Sweep
+
+    started: list[tuple[str, str]] = []
+
+    def wait(self, words, folder, environment):
+        started.append((folder.name, " ".join(words[-2:])))
+        with monkeypatch.context() as context, open(folder / "trial.log", "a") as log:
+            for name, value in {**environment, "SCATTERFOLD_RUN_DIR": str(folder.absolute())}.items():
+                context.setitem(os.environ, name, value)
+            with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+                return train([*self.session.request.flags, *words])
+
+    monkeypatch.setattr(Sweep, "_wait", wait)
+    return started
+
+
 @pytest.fixture(scope="session")
 def finished_run(tmp_path_factory, tiny) -> Path:
     """A run folder with checkpoints; do not change it."""

@@ -305,6 +305,8 @@ def test_peak_memory_sees_temporaries_inside_operators():
 
     assert peak_bytes(run, CPU) == 4 * 250_000
     assert peak_bytes(lambda: torch.empty(1000), CPU) == 4000
+    sizes = iter((3000, 1000, 2000))
+    assert peak_bytes(lambda: torch.empty(next(sizes)), CPU, times=3) == 4000
 
 
 def test_saved_bytes_count_each_memory_once_and_no_weights():

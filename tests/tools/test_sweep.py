@@ -1,18 +1,21 @@
 """Sweeps: a process and a folder for each trial, failures, what is not run again, and the report."""
 
+import csv
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
+import yaml
 
+from scatterfold.tools.placing import shares
 from scatterfold.tools.sweep_figure import save_figure
-from scatterfold.tools.sweep_results import read_sweep, varied_keys
+from scatterfold.tools.sweep_results import read_sweep, shown, varied_keys
 from scatterfold.tools.trial import FAILED, FINISHED, Trial
-from scatterfold.tools.trials import _shares
 
 QUICK = ("trainer.steps=2", "trainer.checkpoint_every=0", "logger.display=none")
 
@@ -38,6 +41,8 @@ def test_a_failing_trial_does_not_stop_the_others(sweep):
     assert [trial.status for trial in (first, second, third)] == [FINISHED, FAILED, FINISHED]
     assert first.objective != third.objective and first.objective > 0
     assert second.exit_code == 2 and "router.top_k=9" in second.message
+    table = [line.split()[:2] for line in done.stdout.splitlines()[-7:]]
+    assert table[1][0] in "02" and table[3] == ["1", "9"]  # the report, best first, the failed one last
     ends = [line for line in done.stdout.splitlines() if "finished in" in line or "failed with" in line]
     assert len(ends) == 3
     assert any(line.startswith("trial 1 (router.top_k=9): failed with exit code 2") for line in ends)
@@ -51,7 +56,8 @@ def test_each_trial_has_its_own_folder_with_its_own_config(sweep):
         assert f"top_k: {top_k}\n" in text
         assert json.loads((folder / str(number) / "summary.json").read_text())["steps"] == 2
     assert {path.name for path in (folder / "1").iterdir()} == {"trial.json", "trial.log"}
-    assert {path.name for path in folder.iterdir()} == {"0", "1", "2", "multirun.yaml"}
+    written = {"multirun.yaml", "best.yaml", "sweep.csv", "sweep.json", "sweep.png"}
+    assert {path.name for path in folder.iterdir()} == {"0", "1", "2", *written}
 
 
 def test_finished_trials_are_not_run_again_and_new_ones_get_new_folders(sweep, scatterfold, tiny, monkeypatch):
@@ -60,8 +66,8 @@ def test_finished_trials_are_not_run_again_and_new_ones_get_new_folders(sweep, s
 
     started = []
 
-    def fake(self, trial, place, environment):
-        started.append((trial.overrides[-1], place.name))
+    def fake(self, words, place, environment):
+        started.append((words[-1], place.name))
         (place / "trial.log").write_text("scatterfold: not this time\n")
         return 1
 
@@ -92,6 +98,15 @@ def test_the_report_shows_every_trial_best_first(sweep, scatterfold, tmp_path):
         assert any(row.split()[0] == number and f"{trial['valid_loss']:.4f}" in row for row in rows)
     assert any("failed" in row and row.split()[0] == "1" for row in rows)
     assert (folder / "sweep.png").read_bytes().startswith(b"\x89PNG")
+    assert json.loads((folder / "sweep.json").read_text()) == table
+    with open(folder / "sweep.csv", newline="") as file:
+        written = list(csv.DictReader(file))
+    assert [(row["trial"], row["router.top_k"], row["status"]) for row in written] == [
+        (trial["trial"], trial["varied"]["router.top_k"], trial["status"]) for trial in table["trials"]
+    ]
+    assert float(written[0]["valid_loss"]) == good[0]["valid_loss"]
+    best = yaml.safe_load((folder / "best.yaml").read_text())
+    assert best["router"]["top_k"] == int(good[0]["varied"]["router.top_k"]) and best["run_dir"] is None
 
 
 def made_up(folder, number, status, losses):
@@ -121,6 +136,63 @@ def test_results_are_what_the_folders_say(tmp_path):
     assert varied_keys(results) == ["optimizer.lr"]
     assert save_figure(results, varied_keys(results), tmp_path) == tmp_path / "sweep.png"
     assert save_figure(results[3:], [], tmp_path) is None
+
+
+def test_a_sampled_number_is_shown_short_and_a_word_whole():
+    values = ("0.0064664227174145595", "123456789", "1e-3", "global_balance", None)
+    assert [shown(value) for value in values] == ["0.006466", "1.235e+08", "1e-3", "global_balance", ""]
+
+
+def test_seeds_of_a_configuration_are_taken_together(tmp_path, scatterfold):
+    losses = {("0.1", "0"): 3.0, ("0.1", "1"): 5.0, ("0.2", "0"): 3.5, ("0.2", "1"): 3.7, ("0.3", "0"): 1.0}
+    for number, ((lr, seed), loss) in enumerate(losses.items()):
+        made_up(tmp_path, number, "finished" if lr != "0.3" else "unfinished", [loss - 1])
+        Trial(number, (f"optimizer.lr={lr}", f"seed={seed}"), status=Trial.load(tmp_path / str(number)).status).save(
+            tmp_path / str(number)
+        )
+        (tmp_path / str(number) / "config.yaml").write_text(f"seed: {seed}\nrun_dir: x\ntrainer: {{stop_after: 3}}\n")
+    outcome = scatterfold("sweep", "report", f"source={tmp_path}")
+    assert outcome.code == 0, outcome.err
+    seeds = json.loads((tmp_path / "sweep.json").read_text())["seeds"]
+    assert [(group["varied"]["optimizer.lr"], group["trials"]) for group in seeds] == [
+        ("0.2", ["2", "3"]),
+        ("0.1", ["0", "1"]),
+        ("0.3", ["4"]),
+    ]
+    assert [group["valid_loss_mean"] for group in seeds] == [pytest.approx(3.6), pytest.approx(4.0), None]
+    assert seeds[1]["valid_loss_spread"] == pytest.approx(2**0.5)  # of 3 and 5: sqrt(((3-4)^2 + (5-4)^2) / (2-1))
+    row = next(line for line in outcome.out.splitlines() if line.startswith("0.1"))
+    assert row.split() == ["0.1", "2", "4.0000", "±", "1.4142", "0,", "1"]
+    # The best is the best seed of the best configuration, not the lucky seed of another, nor one that has not finished.
+    assert yaml.safe_load((tmp_path / "best.yaml").read_text()) == {
+        "seed": 0,
+        "run_dir": None,
+        "trainer": {"stop_after": None},
+    }
+    assert "best: trial 2" in outcome.out and (tmp_path / "sweep.png").exists()
+
+
+def test_wandb_has_a_group_for_the_sweep_and_a_name_for_what_varies(
+    scatterfold, trials_here, tiny, monkeypatch, tmp_path
+):
+    begun = []
+
+    def init(**settings):
+        begun.append(settings)
+        ignore = lambda *arguments, **named: None  # noqa: E731
+        return SimpleNamespace(log=ignore, define_metric=ignore, finish=ignore)
+
+    monkeypatch.setattr("wandb.init", init)
+    for name in ("WANDB_RUN_GROUP", "WANDB_NAME"):
+        monkeypatch.delenv(name, raising=False)
+    words = [*tiny, *QUICK, "trainer.steps=1", "logger.wandb=offline", "router.top_k=1,2"]
+    outcome = scatterfold("train", "-m", *words, "hydra.sweep.dir=sweeps/ks", "hydra.launcher.seeds=[5]")
+    assert outcome.code == 0, outcome.err
+    assert [(run["group"], run["name"]) for run in begun] == [("ks", f"router.top_k={k} seed=5") for k in (1, 2)]
+    words[-1] = "router.top_k=1"
+    assert scatterfold("train", "-m", *words, "logger.group=mine", "hydra.sweep.dir=other").code == 0
+    assert [(run["group"], run["name"]) for run in begun[2:]] == [("mine", "trial 0")]
+    assert "WANDB_RUN_GROUP" not in os.environ
 
 
 def test_a_report_of_nothing_is_one_line(scatterfold, tmp_path):
@@ -160,36 +232,42 @@ def test_a_stopped_sweep_saves_its_trial_and_goes_on_later(tmp_path, tiny):
 
 
 def test_hydras_own_launcher_trains_in_this_process(scatterfold, tmp_path, tiny):
-    outcome = scatterfold("train", "-m", *tiny, *QUICK, "seed=1,2", "hydra/launcher=basic", "hydra.sweep.dir=sweep")
-    assert outcome.code == 0, outcome.err
-    for number in (0, 1):
-        folder = tmp_path / "sweep" / str(number)
-        assert json.loads((folder / "summary.json").read_text())["steps"] == 2
-        assert not (folder / ".hydra").exists()
+    words = ["router.top_k=9,1", "hydra/launcher=basic", "hydra.sweep.dir=sweep"]
+    outcome = scatterfold("train", "-m", *tiny, *QUICK, *words)
+    assert outcome.code == 1 and "router.top_k=9" in outcome.line
+    failed, finished = (Trial.load(tmp_path / "sweep" / str(number)) for number in range(2))
+    assert failed.status == FAILED and "router.top_k=9" in failed.message
+    assert finished.status == FINISHED and finished.steps == 2
+    folder = tmp_path / "sweep" / "1"
+    assert json.loads((folder / "summary.json").read_text())["valid_loss"] == finished.objective
+    assert not (folder / ".hydra").exists()
     assert {path.name for path in tmp_path.iterdir()} == {"sweep"}
+    assert "1 finished, 1 failed" in outcome.out.splitlines()[-1]
 
 
 def test_a_folder_may_be_named_after_the_overrides(scatterfold, tmp_path, tiny, monkeypatch):
     from scatterfold.tools import trials as module
 
-    monkeypatch.setattr(module.Sweep, "_wait", lambda self, trial, folder, environment: 0)
+    monkeypatch.setattr(module.Sweep, "_wait", lambda self, words, folder, environment: 0)
     words = ["router.top_k=1,2", "hydra.sweep.dir=sweep", "hydra.sweep.subdir='${hydra.job.override_dirname}'"]
     assert scatterfold("train", "-m", *words).code == 0
     assert {path.name for path in (tmp_path / "sweep").iterdir()} == {
         "router.top_k=1",
         "router.top_k=2",
         "multirun.yaml",
+        "sweep.csv",
+        "sweep.json",
     }
 
 
 @pytest.mark.parametrize(
-    ("gpus", "shares"), [(0, {"OMP_NUM_THREADS": "4"}), (4, {"CUDA_VISIBLE_DEVICES": "0,2"}), (1, {})]
+    ("gpus", "expected"), [(0, {"OMP_NUM_THREADS": "4"}), (4, {"CUDA_VISIBLE_DEVICES": "0,2"}), (1, {})]
 )
-def test_trials_side_by_side_share_the_machine(monkeypatch, gpus, shares):
+def test_trials_side_by_side_share_the_machine(monkeypatch, gpus, expected):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
     monkeypatch.setattr("scatterfold.parallel.process.usable_cores", lambda: 8)
-    assert _shares(1) == [{}]
-    assert len(_shares(2)) == 2
-    assert _shares(2)[0] == shares
+    assert shares(1) == [{}]
+    assert len(shares(2)) == 2
+    assert shares(2)[0] == expected

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -19,7 +19,8 @@ from ...process import Process
 from ...stages import PipelineSchedule
 from ..base import PRECISIONS, Job
 from . import library
-from .experts import localise, mark_experts, split_groups
+from .experts import Cut, localise, mark_experts, split_groups
+from .native import experts_as_its_own
 from .partition import gather_whole_blocks, in_whole_shapes, make_partitioned
 from .settings import Offload, check_agrees, make_config, owned_keys, read_json
 from .training import DeepSpeedTraining
@@ -97,17 +98,12 @@ class DeepSpeedEngine:
                 f"layout.ep={layout.ep} with engine=deepspeed and engine.zero_stage=3, which cuts all parameters over "
                 f"the same ranks, allowed: engine.zero_stage=0, 1 or 2, {_TORCH}"
             )
-        if layout.ep > 1 and self.native_checkpoints:
-            raise ConfigError(
-                f"engine.native_checkpoints=true with layout.ep={layout.ep}, of which DeepSpeed writes the experts of "
-                "its own layers only, allowed: engine.native_checkpoints=false (ours have all), or layout.ep=1"
-            )
         if job.compile:
             raise ConfigError(f"trainer.compile=true with engine=deepspeed, allowed: trainer.compile=false, {_TORCH}")
         if self.offload.uses_disk and not job.on_gpu:
             raise ConfigError(
-                "engine.offload_optimizer or engine.offload_parameters=nvme needs a GPU, and this run is on the CPU, "
-                f"allowed: none or cpu, {_TORCH}"
+                "engine.offload_optimizer or engine.offload_parameters=nvme needs a GPU (it has not been run on CPUs), "
+                "and this run is on the CPU, allowed: none or cpu"
             )
         if self.config is not None:
             owned = owned_keys(self.zero_stage, self.offload, self.bucket_mb, self.overlap, job, layout.world)
@@ -137,6 +133,8 @@ class DeepSpeedEngine:
         if compile:
             raise ConfigError(f"trainer.compile=true with engine=deepspeed, allowed: trainer.compile=false, {_TORCH}")
         deepspeed = library.load(process)
+        if self.offload.uses_disk:
+            library.check_disk()
         (part,) = [model] if isinstance(model, nn.Module) else model
         plan = plan or ShardingPlan()
         if not any(parameter.requires_grad for parameter in part.parameters()):
@@ -160,7 +158,7 @@ class DeepSpeedEngine:
         split_groups(optimizer)
         if deterministic:
             torch.use_deterministic_algorithms(True)
-        engine = _start(deepspeed, part, optimizer, config, has_experts=bool(cuts))
+        engine = _start(deepspeed, part, optimizer, config, cuts, meshes.layout.ep)
         return DeepSpeedTraining(
             engine,
             part,
@@ -195,14 +193,27 @@ class DeepSpeedEngine:
 
 
 def _start(
-    deepspeed: ModuleType, part: nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any], has_experts: bool
+    deepspeed: ModuleType,
+    part: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    config: dict[str, Any],
+    cuts: Mapping[str, Cut],
+    ep: int,
 ) -> Any:
     """DeepSpeed's engine. It knows its own MoE layers only, and is told that there are experts."""
 
     class Engine(deepspeed.DeepSpeedEngine):
         def _configure_distributed_model(self, model: nn.Module) -> None:
-            self.has_moe_layers = has_experts
+            self.has_moe_layers = bool(cuts)
             super()._configure_distributed_model(model)
+
+        def save_checkpoint(self, *arguments: Any, **options: Any) -> Any:
+            with experts_as_its_own(part, cuts, ep):
+                return super().save_checkpoint(*arguments, **options)
+
+        def load_checkpoint(self, *arguments: Any, **options: Any) -> Any:
+            with experts_as_its_own(part, cuts, ep):
+                return super().load_checkpoint(*arguments, **options)
 
     return Engine(
         args=None,

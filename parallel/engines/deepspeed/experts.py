@@ -39,7 +39,7 @@ def localise(part: nn.Module) -> dict[str, Cut]:
             if isinstance(parameter, DTensor):
                 cut = Cut(parameter.device_mesh, tuple(parameter.placements), parameter.shape, parameter.stride())
                 cuts[f"{prefix}.{name}" if prefix else name] = cut
-                local = nn.Parameter(parameter.data.to_local(), parameter.requires_grad)
+                local = nn.Parameter(parameter.data.to_local(), parameter.requires_grad)  # type: ignore[attr-defined]
                 module.register_parameter(name, local)
     return cuts
 

@@ -29,6 +29,17 @@ def check_installed() -> None:
         raise ConfigError(f"engine=deepspeed needs deepspeed {oldest} or newer and finds {found}, {_INSTALL}")
 
 
+def check_disk() -> None:
+    """Raises: ConfigError where what DeepSpeed reads and writes disks with cannot be compiled."""
+    from deepspeed.ops.op_builder import AsyncIOBuilder  # type: ignore[reportAttributeAccessIssue]
+
+    if not AsyncIOBuilder().is_compatible():
+        raise ConfigError(
+            "engine.offload_optimizer or engine.offload_parameters=nvme needs DeepSpeed's async_io, for which libaio "
+            "with its headers is missing, allowed: installing libaio-dev, or cpu"
+        )
+
+
 def load(process: Process) -> ModuleType:
     """The module `deepspeed`, for the device of this process and over its process group.
 
@@ -47,7 +58,7 @@ def load(process: Process) -> ModuleType:
     from deepspeed.accelerator import get_accelerator
 
     deepspeed.utils.logger.setLevel(logging.ERROR)  # its start alone is forty lines
-    found = get_accelerator().device_name()
+    found = get_accelerator().device_name()  # type: ignore[union-attr]
     if found.split(":")[0] != device:
         raise ConfigError(
             f"trainer.device={device} with engine=deepspeed, which took {found}, allowed: DS_ACCELERATOR={device} in "
@@ -67,7 +78,7 @@ def _join(process: Process, deepspeed: ModuleType) -> None:
 
     if not dist.is_initialized():
         backend = "gloo" if process.device.type == "cpu" else "cpu:gloo,cuda:nccl"
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[reportPrivateImportUsage]
     if process.device.type == "cpu":
         # An all-reduce through shared memory, which it would compile now, while the ranks wait for each other.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

@@ -177,7 +177,9 @@ def owned_keys(
         keys[f"zero_optimization.{key}.nvme_path"] = _given("engine.nvme_path", _text(offload.nvme_path))
     for name in ("lr", "betas", "eps", "weight_decay"):
         value = getattr(job.optimizer, name, None)
-        keys[f"optimizer.params.{name}"] = _given(f"optimizer.{name}", list(value) if name == "betas" else value)
+        keys[f"optimizer.params.{name}"] = _given(
+            f"optimizer.{name}", list(value) if isinstance(value, tuple) else value
+        )
     return keys
 
 

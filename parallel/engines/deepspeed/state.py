@@ -146,7 +146,7 @@ class ZeroState(CopiedState):
                 if value.ndim == 0:
                     state[full] = value
                     continue
-                gathered = safe_get_full_optimizer_state(parameter, key)
+                gathered: Any = safe_get_full_optimizer_state(parameter, key)
                 if self._keeps(number, parameter):
                     state.update(self._kept(full, name, gathered))
         return state

@@ -65,9 +65,10 @@ class DeepSpeedTraining:
         self._native = native
         self._around_forward = around_forward
         self._ranks = meshes.layout.world
-        self._zero = engine.optimizer if stage > 0 else None
+        self._zero: Any = engine.optimizer if stage > 0 else None
         self._state = make_state(engine, part, optimizer, stage, cuts, meshes)
         self._has_gradients = False
+        self._clipped_by = torch.ones((), device=device)
         if self._zero is not None:
             self._zero.override_loss_scale(1.0 / self._ranks)
 
@@ -95,11 +96,13 @@ class DeepSpeedTraining:
         return [parameter for parameter in self.parts[0].parameters() if parameter.requires_grad]
 
     def clip(self, max_norm: float | None) -> Tensor:
-        """As promised; with ZeRO, gradients are scaled in `step`, as DeepSpeed does it, and not here."""
+        """As promised; with ZeRO, gradients are scaled in `step`, as DeepSpeed does it, and here it is only noted."""
         if self._zero is None:
             return self._clip_copies(max_norm)
         self._zero.clip_grad = max_norm or 0.0
-        return self._averaged_norm().float() * self._ranks
+        norm = self._averaged_norm().float() * self._ranks
+        self._clipped_by = _clip_factor(norm, max_norm)
+        return norm
 
     def _averaged_norm(self) -> Tensor:
         """Global norm of ZeRO's averaged gradients; infinite where it is not finite."""
@@ -115,8 +118,7 @@ class DeepSpeedTraining:
         gradients = [p.grad for p in self._trained() if p.grad is not None]
         norm = self._norm([(is_expert(p), p.grad) for p in self._trained() if p.grad is not None]).float()
         if max_norm is not None:
-            factor = torch.where(norm.isfinite(), (max_norm / (norm + 1e-6)).clamp(max=1.0), 1.0)
-            torch._foreach_mul_(gradients, factor)  # type: ignore[reportPrivateImportUsage]
+            torch._foreach_mul_(gradients, _clip_factor(norm, max_norm))  # type: ignore[reportPrivateImportUsage]
         return norm
 
     def _norm(self, gradients: Sequence[tuple[bool, Tensor]]) -> Tensor:
@@ -136,15 +138,22 @@ class DeepSpeedTraining:
         norms = {}
         for name, parameter in self.named_parameters():
             if parameter.requires_grad:
-                gradient = parameter.grad if self._zero is None else safe_get_full_grad(parameter) * self._ranks
-                norms[name] = float(self._norm([(is_expert(parameter), gradient)]))
+                gradient: Any = parameter.grad if self._zero is None else safe_get_full_grad(parameter)
+                norm = self._norm([(is_expert(parameter), gradient)])
+                norms[name] = float(norm if self._zero is None else norm * self._to_gradient)
         return norms
+
+    @property
+    def _to_gradient(self) -> Tensor:
+        """What makes of ZeRO's averages the gradients with which `step` is going to be made."""
+        return self._clipped_by * self._ranks
 
     def step(self) -> None:
         self._engine.step()
         self._has_gradients = False
 
     def zero_grad(self) -> None:
+        self._clipped_by = torch.ones((), device=self._device)
         if self._has_gradients and self._zero is not None:
             self._forget()
         self._engine.zero_grad()
@@ -164,8 +173,8 @@ class DeepSpeedTraining:
             from deepspeed.runtime.zero.stage_1_and_2 import INITIAL_MICRO_STEP_ID
 
             zero.micro_step_id = INITIAL_MICRO_STEP_ID
-            zero.averaged_gradients = dict.fromkeys(zero.averaged_gradients)
-            zero.all_grad_tensors = dict.fromkeys(zero.all_grad_tensors)
+            for gradients in (zero.averaged_gradients, zero.all_grad_tensors):  # in place: parameters refer to them
+                gradients.update(dict.fromkeys(gradients))
 
     def state_dict(self) -> dict[str, Tensor]:
         return self._state.collect()
@@ -199,3 +208,10 @@ class DeepSpeedTraining:
 
     def load_optimizer(self, tensors: Mapping[str, LazyTensor], source: Path) -> None:
         self._state.fill_optimizer(tensors, source)
+
+
+def _clip_factor(norm: Tensor, max_norm: float | None) -> Tensor:
+    """() by which gradients of this norm are scaled: 1 unless they are finite and longer than `max_norm`."""
+    if max_norm is None:
+        return torch.ones_like(norm)
+    return torch.where(norm.isfinite(), (max_norm / (norm + 1e-6)).clamp(max=1.0), 1.0)

@@ -47,7 +47,7 @@ class GatheredViews:
         for parameter in module.parameters():
             start = parameter.data.storage_offset()
             place = self._gathered.setdefault(parameter.data.untyped_storage().data_ptr(), [])
-            place.append((start, start + parameter.data.numel(), parameter))
+            place.append((int(start), int(start) + parameter.data.numel(), parameter))
 
     def _leave(self, module: nn.Module, inputs: Any, output: Any) -> None:
         self._gathered.clear()
@@ -63,7 +63,7 @@ class GatheredViews:
             return tensor
         for start, end, parameter in self._gathered.get(tensor.untyped_storage().data_ptr(), ()):
             if start <= tensor.storage_offset() < end and tensor.dtype == parameter.dtype:
-                return _View(parameter, tensor.size(), tensor.stride(), tensor.storage_offset() - start)
+                return _View(parameter, tensor.size(), tensor.stride(), int(tensor.storage_offset()) - start)
         return tensor
 
     @staticmethod

@@ -2,8 +2,8 @@
 
 # No `from __future__ import annotations`: Hydra loads this module in a way that dataclasses cannot resolve them in.
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, List  # noqa: UP035, which OmegaConf's structured configs read
 
 from hydra.core.config_store import ConfigStore
 from hydra.core.utils import JobReturn
@@ -18,10 +18,12 @@ class TrialLauncherConfig:
 
     Attributes:
         parallel: trials at the same time; the GPUs that are visible are shared out among them.
+        seeds: run every combination once with each, and judge it by the mean of their losses; [] for `seed` as it is.
     """
 
     _target_: str = "hydra_plugins.scatterfold_trials.launcher.TrialLauncher"
     parallel: int = 1
+    seeds: List[int] = field(default_factory=list)  # noqa: UP006
 
 
 ConfigStore.instance().store(group="hydra/launcher", name="scatterfold_trials", node=TrialLauncherConfig)
@@ -30,8 +32,8 @@ ConfigStore.instance().store(group="hydra/launcher", name="scatterfold_trials", 
 class TrialLauncher(Launcher):
     """Hands the trials of a batch to the sweep that Hydra's task function belongs to."""
 
-    def __init__(self, parallel: int = 1) -> None:
-        self.parallel = parallel
+    def __init__(self, parallel: int = 1, seeds: Sequence[int] = ()) -> None:
+        self.parallel, self.seeds = parallel, list(seeds)
         self._sweep: Any = None
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
@@ -41,4 +43,4 @@ class TrialLauncher(Launcher):
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         numbered = [(initial_job_idx + index, tuple(words)) for index, words in enumerate(job_overrides)]
-        return self._sweep.launch(numbered, self._config, self._loader, self.parallel)
+        return self._sweep.launch(numbered, self._config, self._loader, self.parallel, self.seeds)

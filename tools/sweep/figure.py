@@ -13,7 +13,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from ..moe.report.figures import smooth
-from .sweep_results import TrialResult
+from .sweep_results import TrialResult, shown
+from .sweep_seeds import SEED, SeedGroup, by_seed
 
 # Okabe and Ito: colours that people who confuse colours can tell apart.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -26,12 +27,16 @@ def save_figure(results: list[TrialResult], keys: list[str], folder: Path) -> Pa
     if not drawn:
         return None
     ended = [result for result in drawn if result.valid_loss is not None]
-    height = min(12.0, max(4.2, 1.6 + 0.32 * len(ended)))
+    groups = by_seed(drawn)
+    repeated = any(len(group.results) > 1 for group in groups)
+    height = min(12.0, max(4.2, 1.6 + 0.32 * len(groups if repeated else ended)))
     figure = Figure(figsize=(13, height), dpi=130, layout="constrained")
     curves, finals = figure.subplots(1, 2, width_ratios=(1.25, 1))
-    colors = {result.name: color for result, color in zip(drawn, _colors(len(drawn)))}
+    colors = {r.name: color for group, color in zip(groups, _colors(len(groups))) for r in group.results}
     _draw_curves(curves, drawn, colors)
-    if ended:
+    if repeated and any(group.losses for group in groups):
+        _draw_seeds(finals, [group for group in groups if group.losses][:MOST_LABELS], keys, colors)
+    elif ended:
         _draw_finals(finals, ended[:MOST_LABELS], keys, colors)
     else:
         finals.set_visible(False)
@@ -82,11 +87,31 @@ def _draw_finals(axes: Axes, results: list[TrialResult], keys: list[str], colors
     axes.grid(axis="y", visible=False)
 
 
+def _draw_seeds(axes: Axes, groups: list[SeedGroup], keys: list[str], colors: dict[str, str]) -> None:
+    """A row for each configuration: a dot for each of its seeds, and their mean with the spread."""
+    every = [loss for group in groups for loss in group.losses]
+    every += [(group.mean or 0.0) + side * (group.spread or 0.0) for group in groups for side in (-1, 1)]
+    span = max(every) - min(every) or 0.01 * abs(every[0]) or 1.0
+    for row, group in enumerate(groups):
+        color, mean = colors[group.results[0].name], group.mean or 0.0
+        axes.errorbar(mean, row, xerr=group.spread, fmt="|", color=color, markersize=16, capsize=4, linewidth=1.4)
+        axes.scatter(group.losses, [row] * len(group.losses), s=30, color=color, alpha=0.55, zorder=2)
+        note = f"{mean:.3f}" if group.spread is None else f"{mean:.3f} ± {group.spread:.3f}"
+        right = max(*group.losses, mean + (group.spread or 0.0))
+        axes.annotate(note, (right, row), xytext=(8, 0), textcoords="offset points", va="center", fontsize=8.5)
+    labels = [_label(group.results[0], [key for key in keys if key != SEED]) for group in groups]
+    axes.set_yticks(range(len(groups)), labels, fontsize=8.5)
+    axes.set_ylim(len(groups) - 0.4, -0.6)
+    axes.set_xlim(min(every) - 0.08 * span, max(every) + 0.4 * span)
+    _finish(axes, "Final validation loss, mean and spread over seeds", "cross-entropy", "")
+    axes.grid(axis="y", visible=False)
+
+
 def _label(result: TrialResult, keys: list[str]) -> str:
     """What sets the trial apart, in the last words of its keys where they are clear."""
     leaves = [key.rpartition(".")[2] for key in keys]
     names = [leaf if leaves.count(leaf) == 1 else key for key, leaf in zip(keys, leaves)]
-    words = [f"{name}={result.values[key]}" for key, name in zip(keys, names) if key in result.values]
+    words = [f"{name}={shown(result.values[key])}" for key, name in zip(keys, names) if key in result.values]
     text = "  ".join(words) or f"trial {result.name}"
     return text if len(text) <= 60 else f"{text[:57]}…"
 

@@ -13,6 +13,8 @@ from ..kernels.errors import ConfigError
 from ..moe.report.history import RunHistory, read_history
 from .trial import FINISHED, TRIAL_FILE, UNFINISHED, Trial
 
+FIGURES = ("status", "message", "steps", "train_loss", "valid_loss", "bits_per_byte", "tokens_per_second")
+
 
 @dataclass(frozen=True)
 class TrialResult:
@@ -21,8 +23,8 @@ class TrialResult:
     Attributes:
         name: folder of the trial, below the sweep's.
         values: what its overrides set.
-        status: finished, failed, unfinished, or running (which it also says if the sweep was killed).
-        message: why it failed.
+        status: as of `Trial`; running is also what a trial says whose sweep was killed.
+        message: why it failed or was dropped.
         steps: optimizer steps done.
         train_loss: mean over the last twentieth of its steps.
         valid_loss, bits_per_byte: of its last evaluation.
@@ -43,7 +45,7 @@ class TrialResult:
 
 
 def read_sweep(source: Path) -> list[TrialResult]:
-    """All trials, the lowest validation loss first, those without one last.
+    """All trials, the lowest validation loss first: the finished ones, then those that got furthest.
 
     Raises: ConfigError if the folder is missing or holds no trials.
     """
@@ -54,7 +56,13 @@ def read_sweep(source: Path) -> list[TrialResult]:
     if not folders:
         raise ConfigError(f"source={source} holds no trials, allowed: the folder of a sweep (scatterfold train -m)")
     results = [_read_trial(folder, source) for folder in folders]
-    return sorted(results, key=lambda result: (result.valid_loss is None, result.valid_loss or 0.0))
+    return sorted(results, key=_rank)
+
+
+def _rank(result: TrialResult) -> tuple[bool, bool, int, float]:
+    # What has done fewer steps was evaluated elsewhere on its schedule, perhaps on less text: it is not comparable.
+    steps = 0 if result.status == FINISHED else -result.steps
+    return result.status != FINISHED, result.valid_loss is None, steps, result.valid_loss or 0.0
 
 
 def varied_keys(results: list[TrialResult]) -> list[str]:
@@ -63,18 +71,22 @@ def varied_keys(results: list[TrialResult]) -> list[str]:
     return [key for key in keys if len({result.values.get(key) for result in results}) > 1]
 
 
-def record(source: Path, results: list[TrialResult], keys: list[str]) -> dict[str, Any]:
-    """The table as plain values."""
-    columns = ("status", "message", "steps", "train_loss", "valid_loss", "bits_per_byte", "tokens_per_second")
-    trials = [
-        {
-            "trial": result.name,
-            "varied": {key: result.values.get(key) for key in keys},
-            **{column: getattr(result, column) for column in columns},
-        }
-        for result in results
-    ]
-    return {"source": str(source), "varied": keys, "trials": trials}
+def shown(value: str | None) -> str:
+    """A value as a person reads it: a sampled number has sixteen digits, of which four tell."""
+    text = value or ""
+    try:
+        return f"{float(text):.4g}" if len(text) > 8 else text
+    except ValueError:
+        return text
+
+
+def as_row(result: TrialResult, keys: list[str]) -> dict[str, Any]:
+    """A trial as plain values."""
+    return {
+        "trial": result.name,
+        "varied": {key: result.values.get(key) for key in keys},
+        **{figure: getattr(result, figure) for figure in FIGURES},
+    }
 
 
 def _read_trial(folder: Path, source: Path) -> TrialResult:
@@ -88,7 +100,7 @@ def _read_trial(folder: Path, source: Path) -> TrialResult:
         values=_values(trial.overrides) if trial is not None else _flat(history.config),
         status=trial.status if trial is not None else FINISHED if history.summary.get("completed") else UNFINISHED,
         message=trial.message.removeprefix("scatterfold: ") if trial is not None and trial.message else None,
-        steps=max((line["step"] for line in history.train), default=0),
+        steps=max((trial.steps if trial is not None else 0, *(line["step"] for line in history.train))),
         train_loss=float(losses[-max(1, len(losses) // 20) :].mean()) if len(losses) else None,
         valid_loss=last.get("valid_loss"),
         bits_per_byte=last.get("bits_per_byte"),
