@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 HELP = """Train a Mixture-of-Experts language model.
 
 The configuration is put together by Hydra from groups (model, router, experts, dispatcher, data, optimizer, schedule,
-trainer, logger, layout, engine, launcher, experiment); every word key=value changes it.
+trainer, logger, layout, engine, launcher, communication, experiment); every word key=value changes it.
 
 Usage: scatterfold train [flags] [group=choice] [key=value]
 
@@ -36,7 +36,11 @@ Usage: scatterfold train [flags] [group=choice] [key=value]
   resume=auto           auto, never, or a checkpoint
   init_from=DIR         begin with the model in DIR, of any format; it is the model unless model=NAME chooses one
   hydra.sweep.dir=DIR   where the trials of -m go [multirun/DATE_TIME]; the same folder again skips finished trials
-  hydra.launcher.parallel=N   trials at the same time
+  hydra.launcher.parallel=N   trials at the same time; the GPUs are shared out among them
+  hydra.launcher.seeds=[0,1]  every combination once with each seed
+  hydra/sweeper=halving       all trials to a first rung, the best 1/eta on to the next: hydra.sweeper.eta=3
+                              hydra.sweeper.min_steps=N, the first rung
+  hydra/sweeper=optuna        optuna chooses: 'optimizer.lr=tag(log,interval(1e-4,1e-2))' hydra.sweeper.n_trials=20
 
 SCATTERFOLD_DEBUG=1 shows the traceback of bad input too. Exit codes: 0 done, 2 bad input, 1 anything else.
 
@@ -46,7 +50,7 @@ Example:
 ROOT_KEYS = ("seed", "run_dir", "resume", "init_from", "init_optimizer")
 GROUPS = (
     *("model", "router", "experts", "dispatcher", "data", "optimizer", "schedule"),
-    *("trainer", "logger", "layout", "engine", "launcher"),
+    *("trainer", "logger", "layout", "engine", "launcher", "communication"),
 )
 
 
@@ -93,6 +97,7 @@ def checked(config: dict[str, Any], request: Request) -> dict[str, Any]:
     from .close_match import did_you_mean
 
     allowed = (*ROOT_KEYS, *GROUPS)
+    config = {"communication": {}, **config}  # a rerun of a run from before the group was there
     for key, value in config.items():
         if key not in allowed:
             raise ConfigError(f"{key} is an unknown key{did_you_mean(key, allowed)}, allowed: {', '.join(allowed)}")
@@ -127,18 +132,20 @@ def run(config: dict[str, Any], request: Request) -> int:
 def train(config: dict[str, Any], folder: Path) -> float:
     """Train on this rank; returns the objective of a sweep, the final validation loss (NaN if there is none)."""
     from ..moe.training.run import train as train_run
-    from .trial import write_result
+    from .sweep.trial import Result, write_result
 
     result = train_run({**config, "run_dir": str(folder)}, folder, tell=lambda message: rank_report.tell(message, 1))
+    if not result.completed and result.step != config["trainer"].get("stop_after"):
+        rank_report.leave_unfinished()
     if rank_report.rank() == 0:
-        write_result(result.completed, result.valid_loss)
+        write_result(Result(result.completed, result.step, result.valid_loss))
     return math.nan if result.valid_loss is None else result.valid_loss
 
 
 def sweep(hydra: Session) -> int:
     """Run every trial of a sweep; 1 if any failed."""
     from ..kernels.errors import ConfigError
-    from .trials import Sweep
+    from .sweep.trials import Sweep
 
     if rank_report.under_torchrun():
         raise ConfigError(

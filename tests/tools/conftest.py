@@ -99,8 +99,8 @@ def trials_here(monkeypatch):
     import contextlib
     import os
 
+    from scatterfold.tools.sweep.trials import Sweep
     from scatterfold.tools.train import main as train
-    from scatterfold.tools.trials import Sweep
 
     started: list[tuple[str, str]] = []
 

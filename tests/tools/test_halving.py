@@ -10,8 +10,8 @@ import yaml
 from safetensors.torch import load_file
 
 from scatterfold.kernels.errors import ConfigError
-from scatterfold.tools.halving import best, rung_steps
-from scatterfold.tools.trial import DROPPED, FAILED, FINISHED, RESULT, Trial
+from scatterfold.tools.sweep.halving import best, rung_steps
+from scatterfold.tools.sweep.trial import DROPPED, FAILED, FINISHED, RESULT, Trial
 
 HALVING = ("hydra/sweeper=halving", "hydra.sweep.dir=sweep")
 
@@ -89,7 +89,7 @@ class Pretend:
     """Runs whose loss is a formula: at every step a little lower, in the order of LOSSES; 0.5 fails at step 2."""
 
     def __init__(self, monkeypatch, stop_at_call=None):
-        from scatterfold.tools.trials import Sweep
+        from scatterfold.tools.sweep.trials import Sweep
 
         self.started = []
 
@@ -116,7 +116,7 @@ class Pretend:
             return 0
 
         monkeypatch.setattr(Sweep, "_wait", wait)
-        monkeypatch.setattr("scatterfold.tools.sweep_figure.save_figure", lambda *arguments: None)  # takes its time
+        monkeypatch.setattr("scatterfold.tools.sweep.figure.save_figure", lambda *arguments: None)  # takes its time
 
 
 GRID = [f"optimizer.lr={','.join(LOSSES)}", "trainer.steps=4", "hydra.sweeper.eta=2", "hydra.sweeper.min_steps=1"]

@@ -116,7 +116,7 @@ def test_a_folder_leaves_no_choice_behind(export, data, scatterfold):
 
 
 def test_a_sweep_gives_each_trial_what_the_user_typed(export, data, tmp_path, monkeypatch):
-    from scatterfold.tools import trials
+    from scatterfold.tools.sweep import trials
 
     started = []
 

@@ -12,10 +12,10 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
-from scatterfold.tools.placing import shares
-from scatterfold.tools.sweep_figure import save_figure
-from scatterfold.tools.sweep_results import read_sweep, shown, varied_keys
-from scatterfold.tools.trial import FAILED, FINISHED, Trial
+from scatterfold.tools.sweep.figure import save_figure
+from scatterfold.tools.sweep.placing import shares
+from scatterfold.tools.sweep.results import read_sweep, shown, varied_keys
+from scatterfold.tools.sweep.trial import FAILED, FINISHED, Trial
 
 QUICK = ("trainer.steps=2", "trainer.checkpoint_every=0", "logger.display=none")
 
@@ -62,7 +62,7 @@ def test_each_trial_has_its_own_folder_with_its_own_config(sweep):
 
 def test_finished_trials_are_not_run_again_and_new_ones_get_new_folders(sweep, scatterfold, tiny, monkeypatch):
     folder, _ = sweep
-    from scatterfold.tools import trials as module
+    from scatterfold.tools.sweep import trials as module
 
     started = []
 
@@ -246,7 +246,7 @@ def test_hydras_own_launcher_trains_in_this_process(scatterfold, tmp_path, tiny)
 
 
 def test_a_folder_may_be_named_after_the_overrides(scatterfold, tmp_path, tiny, monkeypatch):
-    from scatterfold.tools import trials as module
+    from scatterfold.tools.sweep import trials as module
 
     monkeypatch.setattr(module.Sweep, "_wait", lambda self, words, folder, environment: 0)
     words = ["router.top_k=1,2", "hydra.sweep.dir=sweep", "hydra.sweep.subdir='${hydra.job.override_dirname}'"]

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from .arguments import argument
-from .subcommands import run_subcommand
+from ..arguments import argument
+from ..subcommands import run_subcommand
 
 HELP = """Look at a sweep that scatterfold train -m has run.
 
@@ -43,8 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _report(settings: Report) -> int:
-    from .files import check_target, write_atomically
-    from .sweep_report import report
+    from ..files import check_target, write_atomically
+    from .report import report
 
     check_target(settings.json)
     record = report(settings.source)

@@ -12,9 +12,9 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from ..moe.report.figures import smooth
-from .sweep_results import TrialResult, shown
-from .sweep_seeds import SEED, SeedGroup, by_seed
+from ...moe.report.figures import smooth
+from .results import TrialResult, shown
+from .seeds import SEED, SeedGroup, by_seed
 
 # Okabe and Ito: colours that people who confuse colours can tell apart.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")

@@ -13,8 +13,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..kernels.errors import ConfigError
-from .files import write_atomically
+from ...kernels.errors import ConfigError
+from ..files import write_atomically
 from .placing import Job, Placed, check_launcher, trials_in
 from .trial import DROPPED, FAILED
 from .trials import Sweep, mean_or_none

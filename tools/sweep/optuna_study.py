@@ -11,8 +11,8 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..kernels.errors import ConfigError
-from .errors import one_line
+from ...kernels.errors import ConfigError
+from ..errors import one_line
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig

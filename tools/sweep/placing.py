@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from ..kernels.errors import ConfigError
+from ...kernels.errors import ConfigError
 from .trial import TRIAL_FILE, Trial
 
 if TYPE_CHECKING:
@@ -119,7 +119,7 @@ def shares(parallel: int) -> list[dict[str, str]]:
         return [{}]
     import torch
 
-    from ..parallel.process import usable_cores
+    from ...parallel.process import usable_cores
 
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     devices = visible.split(",") if visible else [str(index) for index in range(torch.cuda.device_count())]

@@ -10,11 +10,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ..kernels.errors import ConfigError
-from .files import write_atomically
+from ...kernels.errors import ConfigError
+from ..files import write_atomically
 from .halving import Record
-from .sweep_results import FIGURES, TrialResult, as_row, read_sweep, shown, varied_keys
-from .sweep_seeds import SEED, SeedGroup, best_trial, by_seed
+from .results import FIGURES, TrialResult, as_row, read_sweep, shown, varied_keys
+from .seeds import SEED, SeedGroup, best_trial, by_seed
 from .trial import FAILED
 
 BEST_FILE = "best.yaml"
@@ -25,7 +25,7 @@ def report(source: Path) -> dict[str, Any]:
 
     Raises: ConfigError if the folder is missing or holds no trials.
     """
-    from .sweep_figure import save_figure
+    from .figure import save_figure
 
     results = read_sweep(source)
     keys = varied_keys(results)

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from ..kernels.errors import ConfigError
-from ..moe.report.history import RunHistory, read_history
+from ...kernels.errors import ConfigError
+from ...moe.report.history import RunHistory, read_history
 from .trial import FINISHED, TRIAL_FILE, UNFINISHED, Trial
 
 FIGURES = ("status", "message", "steps", "train_loss", "valid_loss", "bits_per_byte", "tokens_per_second")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import Any
 
-from .sweep_results import TrialResult
+from .results import TrialResult
 from .trial import FINISHED
 
 SEED = "seed"

@@ -8,7 +8,7 @@ import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from .files import write_atomically
+from ..files import write_atomically
 
 RESULT = "SCATTERFOLD_RESULT"
 TRIAL_FILE = "trial.json"

@@ -21,11 +21,11 @@ from queue import Queue
 from statistics import fmean
 from typing import TYPE_CHECKING
 
-from ..kernels.errors import ConfigError
-from . import rank_report
-from .errors import describe, report
+from ...kernels.errors import ConfigError
+from .. import rank_report
+from ..errors import describe, report
+from ..run_folder import VARIABLE
 from .placing import Job, Placed, check_launcher, folder_of, remove_empty, seeded, shares, trials_in
-from .run_folder import VARIABLE
 from .trial import (
     DROPPED,
     FAILED,
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from hydra.core.utils import JobReturn
     from omegaconf import DictConfig
 
-    from .composition import Session
+    from ..composition import Session
 
 
 class Stopped(Exception):
@@ -102,7 +102,7 @@ class Sweep:
         """
         from hydra.core.hydra_config import HydraConfig
 
-        from .train import checked, run
+        from ..train import checked, run
 
         hydra = HydraConfig.get()
         folder = Path(hydra.runtime.output_dir)
@@ -320,7 +320,7 @@ class Sweep:
 
     def _conclude(self, folder: Path) -> int:
         """Show and write what came out of the sweep. Returns the exit code."""
-        from .sweep_report import report_if_possible
+        from .report import report_if_possible
 
         if not self._ended:
             self._ended = {place: trial for trial, place in trials_in(folder)}
@@ -355,7 +355,7 @@ def _environment(values: Mapping[str, str]) -> Iterator[None]:
 
 def _plugins_for_children():
     """Let processes that a launcher of Hydra's starts (submitit) find our plugin when they unpickle their job."""
-    from .composition import PLUGINS
+    from ..composition import PLUGINS
 
     before = os.environ.get("PYTHONPATH")
     return _environment({"PYTHONPATH": os.pathsep.join([*([before] if before else []), str(PLUGINS)])})

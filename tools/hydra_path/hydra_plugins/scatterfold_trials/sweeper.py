@@ -30,7 +30,7 @@ ConfigStore.instance().store(group="hydra/sweeper", name="halving", node=Halving
 
 
 class HalvingSweeper(Sweeper):
-    """Hands the values to the sweep that Hydra's task function belongs to, which halves it (tools/halving.py)."""
+    """Hands the values to the sweep that Hydra's task function belongs to, which halves it (tools/sweep/halving.py)."""
 
     def __init__(self, eta: int, min_steps: int | None = None, params: Any = None) -> None:
         self.eta, self.min_steps, self.params = eta, min_steps, params or {}
