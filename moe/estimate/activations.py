@@ -46,11 +46,11 @@ def kept_by_layer(job: Job, layer: int) -> Kept:
     """
     checkpointing = job.workload.plan.trainer.activation_checkpointing
     if checkpointing == "none":
-        return attention_half(job) + mlp_half(job, layer)
+        return whole_layer(job, layer)
     config = job.workload.config
     decision = 8.0 * job.tokens * job.workload.experts_per_token if config.is_moe(layer) else 0.0
     recomputed = Kept(4.0 * job.tokens * config.width + decision)
-    return attention_half(job) + recomputed if checkpointing == "selective" else recomputed
+    return attention_half(job, layer) + recomputed if checkpointing == "selective" else recomputed
 
 
 def recomputed_by_layer(job: Job, layer: int) -> Kept:
@@ -59,17 +59,18 @@ def recomputed_by_layer(job: Job, layer: int) -> Kept:
 
 
 def whole_layer(job: Job, layer: int) -> Kept:
-    return attention_half(job) + mlp_half(job, layer)
+    return attention_half(job, layer) + mlp_half(job, layer)
 
 
-def attention_half(job: Job) -> Kept:
+def attention_half(job: Job, layer: int) -> Kept:
     """RMSNorm, projections, rotary positions, attention.
 
     norm      its input 4 s D and 1 / rms 4 s; its output w n D, which three projections read
     q, k, v   w n (H + 2 G) W / TP as attention reads them, after rotation; QK-norm keeps what it reads besides, and
               1 / rms: 4 n (H + G) / TP over each head, 8 n over all (cut over tp it keeps float32 steps in between)
     attention its output w n H W / TP, which the last projection reads, and log-sum-exp 4 n H / TP. On a CPU, packed
-              documents are computed in runs whose outputs are joined: once more w n H W / TP
+              documents and rows with a window are computed in runs whose outputs are joined: once more w n H W / TP,
+              and with a window its mask w S S
     cp        keys and values of all tokens before a chunk's end, for both chunks of a rank: (2 CP + 1) of 2 CP chunks,
               2 w (2 CP + 1) / (2 CP) B S G W / TP instead of the rank's own; queries change their order, outputs back
     """
@@ -80,7 +81,7 @@ def attention_half(job: Job) -> Kept:
     heads, all_heads = config.heads / layout.tp, (config.heads + config.num_kv_heads) / layout.tp
     kept = 4.0 * s * (config.width + 1) + width * n * config.width + width * n * queries
     if layout.cp == 1:
-        kept += 2.0 * width * n * keys
+        kept += 2.0 * width * n * keys + (width * job.sequence_length**2 if job.masks_on_cpu(layer) else 0.0)
     else:
         seen = n * layout.cp * (2 * layout.cp + 1) / (2 * layout.cp)
         kept += 2.0 * width * seen * keys + (_mask_bytes(job) if job.workload.device_type == "cpu" else 0.0)
@@ -90,13 +91,13 @@ def attention_half(job: Job) -> Kept:
         kept += width * n * (queries + keys) + 8.0 * n
         if layout.tp > 1:
             kept += (4.0 if width == 4 else 8.0) * n * (queries + keys)
-    copies = 1 + (job.packs_on_cpu or layout.cp > 1)
+    copies = 1 + (job.packs_on_cpu or job.masks_on_cpu(layer) or layout.cp > 1)
     return Kept(kept + copies * width * n * queries + 4.0 * n * heads)
 
 
 def _mask_bytes(job: Job) -> float:
     """Masks of a rank's two chunks of c = S / (2 CP) queries before keys to their ends, 4 c (2 CP + 1) c bytes or 2."""
-    chunk = job.workload.plan.data.sequence_length / (2 * job.layout.cp)
+    chunk = job.sequence_length / (2 * job.layout.cp)
     return job.workload.element_bytes * chunk * chunk * (2 * job.layout.cp + 1)
 
 
@@ -112,11 +113,12 @@ def mlp_half(job: Job, layer: int) -> Kept:
 def _mlp(job: Job, hidden: int) -> float:
     """A dense MLP without its input: what the activation keeps, and its result, each w n F / TP.
 
-    silu(gate) x up keeps gate, silu(gate), up and the product; relu keeps no gate. Without a gate: the result of the
-    activation and its input.
+    silu(gate) x up keeps gate, silu(gate), up and the product; relu keeps no gate, clamps keep three steps more.
+    Without a gate: the result of the activation and its input, which relu does not need.
     """
     activation = job.workload.config.activation
-    tensors = (3 if activation == "reglu" else 4) if is_gated(activation) else 2
+    usual = 4 if is_gated(activation) else 2
+    tensors = {"reglu": 3, "clamped_swiglu": 7, "relu": 1}.get(activation, usual)
     return job.workload.element_bytes * job.cp_tokens * tensors * hidden / job.layout.tp
 
 

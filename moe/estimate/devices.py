@@ -124,7 +124,7 @@ _TABLE = (
     _gpu("B200", 178, 75e12, 7.7e12, 900e9, 50e9, "NVIDIA HGX B200 data sheet"),
     # ASSUMED: two threads of a server CPU a rank, messages through memory; `plan calibrate` measures a real one.
     Device(
-        name="cpu-generic",
+        name="cpu",
         kind="cpu",
         memory=None,
         peaks={"fp32": 150e9, "bf16": 300e9},

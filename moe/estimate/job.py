@@ -86,9 +86,10 @@ class Workload:
     def of(cls, plan: RunPlan, device_type: str = "cpu") -> Workload:
         """Raises: ConfigError for what the formulas do not know."""
         if not isinstance(plan.engine, TorchEngine):
-            name = type(plan.engine).__name__
+            name = type(plan.engine).__name__.removesuffix("Engine").lower()
             raise ConfigError(f"engine={name} is not what the formulas describe, allowed: engine=torch")
         model = plan.model
+        _check_attention(model.config)
         remembering = replace(plan, model=_Remembering(model.config, model.router, model.experts, model.dispatcher))
         counts = model.counts(plan.data.sequence_length)
         found = cls(remembering, Inventory.of(model), counts, device_type=device_type)
@@ -134,6 +135,14 @@ class Workload:
     def split(self, stages: int) -> list[range]:
         """The layers of each pipeline stage."""
         return self.plan.model.split(stages, self.plan.data.sequence_length)
+
+
+def _check_attention(config: ModelConfig) -> None:
+    """Raises: ConfigError for attention whose activations the formulas do not count."""
+    if config.latent_attention is not None:
+        raise ConfigError("model.latent_attention is not what the formulas describe, allowed: null (grouped queries)")
+    if config.attention_sinks:
+        raise ConfigError("model.attention_sinks=true is not what the formulas describe, allowed: false")
 
 
 @dataclass(frozen=True)
@@ -189,6 +198,16 @@ class Job:
         """Whether every rank holds the whole model and nothing else, which DDP reduces."""
         layout = self.layout
         return layout.dp_replicate == layout.world > 1 and self.dispatch_ranks == 1
+
+    @property
+    def sequence_length(self) -> int:
+        """S, of which cp ranks hold a part."""
+        return self.workload.plan.data.sequence_length
+
+    def masks_on_cpu(self, layer: int) -> bool:
+        """Whether a layer's window is a mask that its attention keeps: where no kernel knows windows."""
+        window = self.workload.config.window_of(layer)
+        return self.workload.device_type == "cpu" and window is not None and window < self.sequence_length
 
     @property
     def packs_on_cpu(self) -> bool:

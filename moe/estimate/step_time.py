@@ -166,8 +166,8 @@ def forward_flops(job: Job, layer: int) -> tuple[dict[str, float], dict[str, flo
     Two for each weight and token that meet; of attention 4 H W C, C the mean number of tokens that a token sees.
     """
     config, tokens = job.workload.config, job.tokens
-    length = job.workload.plan.data.sequence_length
-    window = min(config.sliding_window or length, length)
+    length = job.sequence_length
+    window = min(config.window_of(layer) or length, length)
     seen = (window * (window + 1) / 2 + (length - window) * window) / length
     heads = config.head_size * (config.heads + config.num_kv_heads)
     attention = {

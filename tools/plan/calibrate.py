@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import sys
 from typing import TYPE_CHECKING
 
 import torch
@@ -40,7 +41,10 @@ def calibrate(settings: Calibrate, overrides: list[str]) -> int:
         profiles[count] = device_of(found)
         print(_line(count, profiles[count]), flush=True)
     versions = {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda}
-    conditions = {"measured_with": {name: config[name] for name in ("model", "data", "trainer")}}
+    conditions = {
+        "command": ["scatterfold", *sys.argv[1:]],
+        "measured_with": {name: config[name] for name in ("model", "data", "trainer")},
+    }
     document = document_of(profiles, versions, conditions)
     write_atomically(settings.output, json.dumps(document, indent=1) + "\n")
     print(f"written: {settings.output}")

@@ -41,12 +41,16 @@ def read_device(path: Path, ranks: int) -> Device:
             raise ValueError(f"format is {document['format']!r}")
         profiles = {int(count): profile for count, profile in document["profiles"].items()}
         chosen = max((count for count in profiles if count <= ranks), default=min(profiles))
-        source = f"scatterfold plan calibrate, torch {document['versions']['torch']}"
+        source = f"scatterfold plan calibrate: {path}, {count_words(chosen)}, torch {document['versions']['torch']}"
         return replace(device_of(profiles[chosen]), source=source, measured=True)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(
             f"device={path} is no calibration file ({error}), allowed: what plan calibrate wrote"
         ) from error
+
+
+def count_words(ranks: int) -> str:
+    return f"{ranks} rank{'s' if ranks > 1 else ''}"
 
 
 def device_of(profile: dict[str, Any]) -> Device:

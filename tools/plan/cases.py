@@ -8,6 +8,7 @@ BASE = (
     "model=small",
     "model.vocab_size=2048",
     "model.layers=4",
+    "model.width=256",
     "data.sequence_length=256",
     "data.global_batch_size=8",
     "data.pack_documents=false",

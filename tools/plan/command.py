@@ -35,7 +35,7 @@ class Plan:
     )
 
     gpus: int = argument("devices, one a rank", least=1)
-    device: str = argument("h100, h200, a100, b200, cpu-generic, or a file of plan calibrate", default="h100")
+    device: str = argument("h100, h200, a100, b200, cpu, or a file of plan calibrate", default="h100")
     gpus_per_node: int | None = argument("devices of a machine; the device's usual number", default=None, least=1)
     top: int = argument("rows of the table", default=10, least=1)
     imbalance: float = argument("load of the busiest rank's experts over the mean", default=1.0, least=1.0)
@@ -66,7 +66,7 @@ class Calibrate:
 class Validate:
     """Predict and then measure memory and step time of several configurations on this machine.
 
-    Writes OUTPUT/plan.json and OUTPUT/README.md, every error stated. Other words change all the configurations.
+    Writes OUTPUT/plan.json, plan.png and README.md, every error stated. Other words change all the configurations.
     """
 
     EXAMPLE: ClassVar[str] = "scatterfold plan validate device=this.json output=docs/results/plan"

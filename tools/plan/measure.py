@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import statistics
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -21,6 +20,8 @@ from ...parallel.process import Process
 from ...parallel.shards import local_part
 from ..bench.kernels.memory import peak_bytes
 from ..bench.traffic import Traffic
+
+PEAK_STEPS = 3
 
 
 class Steps:
@@ -78,25 +79,23 @@ class Steps:
         return found
 
     def peak_bytes(self) -> int:
-        """The most that this rank holds during a step, as torch's allocator sees it: the median of three steps.
+        """The most that this rank holds during a step, as torch's allocator sees it: the least of three steps.
 
-        They differ by what other threads, and Python's search for cycles, free earlier or later.
+        A thread of gloo lets go of a message's buffer when it runs again, which on a busy machine may be many
+        milliseconds after the call has returned. That only adds, and says nothing about the configuration.
         CUDA: torch.cuda.max_memory_allocated. CPU: parameters, optimizer state and DDP's buckets, counted, and what the
         profiler sees allocated and freed on top.
         """
         device = self.process.device
-        growth = statistics.median(self._growth() for _ in range(3))
+        gc.collect()
+        growth = peak_bytes(self, device, PEAK_STEPS)
         if device.type == "cuda":
-            return int(growth) + torch.cuda.memory_allocated(device)
+            return growth + torch.cuda.memory_allocated(device)
         held = self.state_bytes()
         layout = self.meshes.layout
         by_ddp = layout.dp_replicate == layout.world > 1 and layout.ep * layout.etp == 1
         buckets = held["gradients"] if by_ddp else 0
-        return held["parameters"] + held["optimizer"] + buckets + int(growth)
-
-    def _growth(self) -> int:
-        gc.collect()
-        return peak_bytes(self, self.process.device)
+        return held["parameters"] + held["optimizer"] + buckets + growth
 
 
 def _bytes(tensor: Any) -> int:

@@ -6,12 +6,13 @@ import contextlib
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ...kernels import Routing, moe_mlp
+from ...kernels import Routing, is_gated, moe_mlp
 from ...kernels.attention import attention
 from ...kernels.cross_entropy import linear_cross_entropy
 from ...moe.estimate import Job
@@ -104,14 +105,16 @@ def _experts(job: Job, clock: Clock, dtype: torch.dtype) -> float | None:
     tokens, experts, hidden = job.tokens, config.num_experts, config.expert_width or 0
     generator = torch.Generator().manual_seed(0)
     chosen = torch.rand(tokens, experts, generator=generator).argsort(-1)[:, : load.experts_per_token]
-    weights = torch.full(chosen.shape, 1.0 / load.experts_per_token, device=clock.device, requires_grad=True)
-    matrices = 3 if load.expert_activation.endswith("glu") else 2
+    weights = torch.full(chosen.shape, 1.0 / load.experts_per_token, device=clock.device)
+    matrices = 3 if is_gated(load.expert_activation) else 2
     x, w_in, w_out = (
         torch.randn(*shape, device=clock.device).mul_(0.02).to(dtype).requires_grad_()
         for shape in ((tokens, config.width), (experts, (matrices - 1) * hidden, config.width))
         + ((experts, config.width, hidden),)
     )
     routing = Routing.from_topk(chosen.to(clock.device), weights, experts)
+    # A leaf: one table serves all calls, but the graph that leads to its weights only the first backward pass.
+    routing = replace(routing, weight=routing.weight.detach().requires_grad_())
     flops = 6.0 * chosen.numel() * config.width * matrices * hidden
     return flops / clock(_both(lambda: moe_mlp(x, w_in, w_out, routing, load.expert_activation)))
 

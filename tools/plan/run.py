@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .command import Plan
 
 FORMAT = "scatterfold plan 1"
+REFUSED = 3  # layouts that do not fit and are named with the reason; the file has all
 
 
 def run(settings: Plan, overrides: list[str]) -> int:
@@ -32,7 +33,7 @@ def run(settings: Plan, overrides: list[str]) -> int:
     print(_header(workload, settings.gpus, device, found))
     print_table(found[: settings.top], cost, len(found))
     print(f"\n{details(found[0])}")
-    print(_remarks(found, device))
+    print("\n".join(["", *_remarks(found, device)]))
     if settings.json is not None:
         write_atomically(settings.json, json.dumps(_document(workload, settings, device, found, cost), indent=1) + "\n")
     return 0
@@ -41,7 +42,7 @@ def run(settings: Plan, overrides: list[str]) -> int:
 def _header(workload: Workload, gpus: int, device: Device, found: list[Candidate]) -> str:
     counts, data, trainer = workload.counts, workload.plan.data, workload.plan.trainer
     fit = sum(not candidate.refused for candidate in found)
-    speeds = "measured on this machine" if device.measured else "ASSUMED shares of the vendor's figures"
+    speeds = f"measured ({device.source})" if device.measured else "ASSUMED shares of the vendor's figures"
     engine = workload.plan.engine
     return "\n".join(
         (
@@ -56,31 +57,39 @@ def _header(workload: Workload, gpus: int, device: Device, found: list[Candidate
     )
 
 
-def _remarks(found: list[Candidate], device: Device) -> str:
+def _remarks(found: list[Candidate], device: Device) -> list[str]:
     """What cutting experts gains or costs, what does not fit and why, and what the figures are."""
-    lines = [""]
     fitting = [candidate for candidate in found if not candidate.refused]
-    spread = next((candidate for candidate in fitting if candidate.layout.ep * candidate.layout.etp > 1), None)
-    local = next((candidate for candidate in fitting if candidate.layout.ep * candidate.layout.etp == 1), None)
-    if spread and local:
-        gain = local.time.total / spread.time.total - 1
-        words = (
-            f"{gain:.0%} faster than" if gain > 0.005 else f"{-gain:.0%} slower than" if gain < -0.005 else "as fast as"
-        )
-        lines.append(
-            f"Experts over ranks: the best layout with ({layout_words(spread)}) is {words} the best without "
-            f"({layout_words(local) or 'one rank'})."
-        )
-    if len(fitting) < len(found):
-        nearest = found[len(fitting)]
-        lines.append(f"Nearest that does not fit: {layout_words(nearest) or 'one rank'}: {nearest.refused}.")
+    lines = [*_experts_apart(fitting), *_refused(found[len(fitting) :])]
     if device.memory is not None:
         reserved, whole = (size / 2**30 for size in (device.reserved, device.memory))
         lines.append(
             f"Memory is what torch allocates; {reserved:.1f} of {whole:.0f} GiB are left for context, communicators "
             "and fragmentation."
         )
-    return "\n".join([*lines, "These are estimates; docs/plan.md states the formulas and their measured errors."])
+    return [*lines, "These are estimates; docs/plan.md states the formulas and their measured errors."]
+
+
+def _experts_apart(fitting: list[Candidate]) -> list[str]:
+    spread = next((candidate for candidate in fitting if candidate.layout.ep * candidate.layout.etp > 1), None)
+    local = next((candidate for candidate in fitting if candidate.layout.ep * candidate.layout.etp == 1), None)
+    if spread is None or local is None:
+        return []
+    gain = local.time.total / spread.time.total - 1
+    words = f"{gain:.0%} faster than" if gain > 0.005 else f"{-gain:.0%} slower than" if gain < -0.005 else "as fast as"
+    return [
+        f"Experts over ranks: the best layout with ({layout_words(spread)}) is {words} the best without "
+        f"({layout_words(local) or 'one rank'})."
+    ]
+
+
+def _refused(refused: list[Candidate]) -> list[str]:
+    """The layouts that come nearest to fitting, with what is too large."""
+    if not refused:
+        return []
+    which = "these" if len(refused) <= REFUSED else f"the nearest {REFUSED}"
+    lines = [f"{layout_words(candidate) or 'one rank'}: {candidate.refused}" for candidate in refused[:REFUSED]]
+    return [f"{len(refused)} do not fit, {which} need:", *(f"  {line}" for line in lines)]
 
 
 def _document(workload: Workload, settings: Plan, device: Device, found: list[Candidate], cost: Cost) -> dict[str, Any]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import platform
 import statistics
 import sys
 from pathlib import Path
@@ -19,6 +21,8 @@ from ..files import write_atomically
 from .calibration import read_device
 from .cases import BASE, CASES, Case
 from .configuration import compose, read
+from .figure import save_figure
+from .measure import PEAK_STEPS
 
 if TYPE_CHECKING:
     from .command import Validate
@@ -36,21 +40,44 @@ def validate(settings: Validate, overrides: list[str]) -> int:
         read_device(path, CASES[name].ranks)
     device = read_device(path, 1).kind
     prepared = {name: _prepare(CASES[name], overrides, device) for name in names}
-    settings.output.mkdir(parents=True, exist_ok=True)
-    records = []
+    _make_folder(settings.output)
+    calibration, records, started = json.loads(path.read_text()), [], os.getloadavg()[0]
     for name, (config, job) in prepared.items():
         asked = {"config": config, "ranks": CASES[name].ranks, "device": device}
         asked |= {"seed": settings.seed, "steps": settings.steps}
         found = measure_in_ranks("scatterfold.tools.plan.worker", asked, CASES[name].ranks, settings.timeout)
         records.append(_record(name, CASES[name], job, read_device(path, CASES[name].ranks), found))
         print(_line(records[-1]), flush=True)
-    conditions = {"device": device_name(torch.device(device)), "torch": torch.__version__, "base": [*BASE, *overrides]}
-    document = {"format": FORMAT, "conditions": conditions, "command": ["scatterfold", *sys.argv[1:]]}
-    document |= {"calibration": json.loads(path.read_text()), "records": records}
-    write_atomically(settings.output / "plan.json", json.dumps(document, indent=1) + "\n")
-    write_atomically(settings.output / "README.md", report(document))
-    print(f"written: {settings.output / 'plan.json'}, {settings.output / 'README.md'}")
+        # Anew after each: whatever stops the rest, what was measured is there.
+        document = {"format": FORMAT, "conditions": _conditions(device, started, overrides), "records": records}
+        document |= {"command": ["scatterfold", *sys.argv[1:]], "calibration": calibration}
+        _write(settings.output, document)
+    print(f"written: {', '.join(str(settings.output / name) for name in ('plan.json', 'plan.png', 'README.md'))}")
     return 0
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"output={folder} cannot be made ({error.strerror}), allowed: a folder") from error
+
+
+def _conditions(device: str, load_before: float, overrides: list[str]) -> dict[str, Any]:
+    return {
+        "device": device_name(torch.device(device)),
+        "cores": os.cpu_count(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "load": [round(load, 1) for load in (load_before, os.getloadavg()[0])],
+        "base": [*BASE, *overrides],
+    }
+
+
+def _write(folder: Path, document: dict[str, Any]) -> None:
+    write_atomically(folder / "plan.json", json.dumps(document, indent=1) + "\n")
+    write_atomically(folder / "README.md", report(document))
+    save_figure(document["records"], folder / "plan.png")
 
 
 def _prepare(case: Case, overrides: list[str], device: str) -> tuple[dict[str, Any], Job]:
@@ -90,24 +117,31 @@ def report(document: dict[str, Any]) -> str:
     records, conditions = document["records"], document["conditions"]
     rows = "\n".join(_row(record) for record in records)
     summary = "; ".join(_summary(name, records) for name in ("memory", "seconds"))
+    threads, (before, after) = records[0]["threads"], conditions["load"]
     return f"""# Estimates against measurement
 
-`{" ".join(document["command"])}` on {conditions["device"]}, torch {conditions["torch"]}, threads of a rank:
-{records[0]["threads"]}. Every configuration is the following with the changes of its row, on random tokens; the
-calibration stands in [plan.json](plan.json).
+    {" ".join(document["calibration"].get("command", ()))}
+    {" ".join(document["command"])}
+
+On {conditions["device"]} ({conditions["cores"]} cores), torch {conditions["torch"]},
+Python {conditions["python"]}, {threads} thread{"s" if threads > 1 else ""} a rank; load of the machine {before} before
+and {after} after. Every configuration is the following with the changes of its row, on random tokens. The calibration
+that the times rest on, and the parts of every figure, are in [plan.json](plan.json).
 
     {" ".join(conditions["base"])}
 
-Memory: the most that torch's allocator holds during a step on the fullest rank (on a CPU parameters, optimizer state
-and DDP's buckets, counted, and what the profiler sees on top; median of three steps). Growth: of the process's resident
-memory, which holds libraries' own buffers and what the allocator keeps, too. Step: median of the slowest rank. Error:
-predicted over measured, less one.
+Memory: the most that torch's allocator holds during a step, on the fullest rank (on a CPU parameters, optimizer state
+and DDP's buckets, counted, and what the profiler sees on top; the least of {PEAK_STEPS} steps, because threads of
+gloo let go of a message late where the machine is busy). Growth: of the process's resident memory, with what libraries
+and the allocator keep for themselves. Step: median of the slowest rank. Error: predicted over measured, less one.
 
 | configuration | ranks | memory predicted, MB | measured | error | growth | step predicted, s | measured | error |
 | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |
 {rows}
 
 {summary}.
+
+![Predicted and measured](plan.png)
 """
 
 

@@ -45,7 +45,7 @@ def test_sizes_that_are_given_are_kept():
 def test_the_order_is_by_speed_of_what_fits_and_always_the_same():
     load = workload(model=MODEL, data={"micro_batch_size": 1})
     needs = sorted(peak_memory(Job(load, layout)).total for layout in legal_layouts(load, 4))
-    device = replace(DEVICES["cpu-generic"], memory=int(needs[len(needs) // 2]) + 1)
+    device = replace(DEVICES["cpu"], memory=int(needs[len(needs) // 2]) + 1)
     found = search(load, 4, device)
     fitting = [candidate for candidate in found if not candidate.refused]
     assert 0 < len(fitting) < len(found)
@@ -87,7 +87,7 @@ def test_a_rank_computes_its_share():
 
 def test_step_time_by_hand():
     """One dense layer on one rank: everything but products is free."""
-    free = replace(DEVICES["cpu-generic"], bandwidth=1e30, layer_seconds={"dense": 0.25, "moe": 9.0}, step_seconds=1.0)
+    free = replace(DEVICES["cpu"], bandwidth=1e30, layer_seconds={"dense": 0.25, "moe": 9.0}, step_seconds=1.0)
     estimated = job(model={"num_experts": 0, "layers": 1})
     rates, tokens = free.rates["fp32"], 8 * 32
     dense = tokens * 2 * 32 * (2 * 32 + 2 * 16 + 3 * 24)
@@ -125,7 +125,7 @@ def test_pipelines_idle_and_hold_as_their_page_says(schedule, pp, micro_batches,
 
 def test_slow_networks_favour_layouts_that_stay_inside_a_machine():
     load = workload(model={**MODEL, "layers": 4}, data={"micro_batch_size": 1})
-    slow = replace(DEVICES["cpu-generic"], ranks_per_node=2, network=Link(1e3, 1e-2))
+    slow = replace(DEVICES["cpu"], ranks_per_node=2, network=Link(1e3, 1e-2))
     best = search(load, 4, slow)[0]
     assert best.layout.pp > 1 or best.layout.dp_shard == 1
     crossing = evaluate(load, Layout(tp=2, dp_shard=2).resolve(4), slow)
