@@ -16,6 +16,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from types import FrameType
 
@@ -25,6 +26,7 @@ from .process import Process
 from .torch_private import Store, own_store
 
 EXIT_CODE = 1
+FIRST_STEP_S = 120.0  # imports alone may take half a minute where ranks share few cores
 _GRACE_S = 15.0  # how long ranks wait for each other's words; they notice at nearly the same time
 
 
@@ -48,12 +50,24 @@ class Watchdog:
     Args:
         timeout_s: how long nothing may move. Must cover the longest thing between two calls of `alive`.
         tell: called with the verdict, one line, before the process ends with exit code 1.
+        record: called before that, to write down what the rank did last.
+        first_s: the least time that the first step gets, which also imports, compiles and tunes.
     """
 
-    def __init__(self, process: Process, timeout_s: float, tell: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        process: Process,
+        timeout_s: float,
+        tell: Callable[[str], None],
+        record: Callable[[], None] = lambda: None,
+        first_s: float = 0.0,
+    ) -> None:
         self._process = process
         self._timeout_s = timeout_s
         self._tell = tell
+        self._record = record
+        self._first_s = first_s
+        self._signs = 0
         self._moved = time.monotonic()
         self._ended = threading.Event()
         self._ending = threading.Event()
@@ -77,24 +91,31 @@ class Watchdog:
     def alive(self) -> None:
         """Say that this rank has got on."""
         self._moved = time.monotonic()
+        self._signs += 1
 
     def _watch(self, store: Store) -> None:
         interval = min(5.0, self._timeout_s / 4)
         while not self._ended.wait(interval):
-            if time.monotonic() - self._moved > self._timeout_s:
+            if time.monotonic() - self._moved > self._allowed():
                 return self._end(store)
+
+    def _allowed(self) -> float:
+        """Steps begin with a sign of life: the second one ends the first step."""
+        return max(self._timeout_s, self._first_s) if self._signs < 2 else self._timeout_s
 
     def _end(self, store: Store) -> None:
         self._ending.set()
         frame = sys._current_frames().get(self._main)
-        own = _standing(self._process.rank, frame)
+        own = standing(self._process.rank, traceback.walk_stack(frame))
         stack = "".join(traceback.format_stack(frame))
-        print(f"rank {self._process.rank} has stood still for {self._timeout_s:g} s at\n{stack}", file=sys.stderr)
+        print(f"rank {self._process.rank} has stood still for {self._allowed():g} s at\n{stack}", file=sys.stderr)
         sys.stderr.flush()
+        with suppress(OSError):  # a full disk must not keep the verdict back
+            self._record()
         try:
-            message = _verdict(self._gather(store, own), self._process.world, self._timeout_s)
+            message = _verdict(self._gather(store, own), self._process.world, self._allowed())
         except Exception as error:  # the rank that keeps the store has ended already
-            message = f"nothing has moved for {self._timeout_s:g} s; rank {own.rank} is at {own.where} ({error})"
+            message = f"nothing has moved for {self._allowed():g} s; rank {own.rank} is at {own.where} ({error})"
         if self._ended.is_set():  # it moved at the last moment
             return
         self._tell(message)
@@ -151,10 +172,10 @@ def _verb(ranks: list[int]) -> str:
     return "give" if len(ranks) > 1 else "gives"
 
 
-def _standing(rank: int, frame: FrameType | None) -> Standing:
-    """Read a stack from the inside out, up to the first line that is not torch's."""
+def standing(rank: int, stack: Iterable[tuple[FrameType, int]]) -> Standing:
+    """Read a stack of frames and lines from the inside out, up to the first line that is not torch's."""
     waits_in: str | None = None
-    for inner, line in traceback.walk_stack(frame):
+    for inner, line in stack:
         path, name = inner.f_code.co_filename, inner.f_code.co_name
         if f"{os.sep}torch{os.sep}" not in path:
             return Standing(rank, f"{os.sep.join(path.split(os.sep)[-2:])}:{line} ({name})", waits_in)

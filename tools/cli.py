@@ -16,11 +16,12 @@ COMMANDS = {
     "convert": "write a trained model in another format",
     "upcycle": "make a mixture of experts from a dense model",
     "experts": "prune, merge or grow the experts of a model",
+    "plan": "estimate memory, messages, time and cost of every layout",
     "layout": "show which rank is where, and what its groups communicate",
-    "launch": "start several ranks on one machine or many, or write a SLURM script",
+    "launch": "start several ranks on one machine or many, or write a SLURM script or a PyTorchJob",
     "sweep": "report on the trials of a sweep",
     "bench": "measure the kernels against their peers",
-    "doctor": "check this machine: backends, versions, numbers of the kernels",
+    "doctor": "check this machine: devices, links, disks, kernels, collectives of ranks",
 }
 
 

@@ -67,6 +67,24 @@ def register() -> None:
         raise SystemExit(0)
 
 
+def leave_unfinished() -> None:
+    """Let the launcher know that this rank has saved and left although there are steps left."""
+    folder = os.environ.get(FOLDER)
+    if folder and under_torchrun():
+        Path(folder, "unfinished").touch()
+
+
+def is_unfinished(folder: Path) -> bool:
+    """Whether a rank has left with steps left."""
+    return Path(folder, "unfinished").exists()
+
+
+def forget(folder: Path) -> None:
+    """Before ranks are started again: what those before them said does not count any more."""
+    for path in (*folder.glob("*.pid"), *folder.glob("*.error"), *folder.glob("unfinished")):
+        path.unlink(missing_ok=True)
+
+
 def registered(folder: Path) -> list[int]:
     """Process ids of the ranks that have started."""
     return [int(text) for path in sorted(folder.glob("*.pid")) if (text := path.read_text())]

@@ -29,6 +29,8 @@ class GPTStage(nn.Module):
     def __init__(self, module: ScatterfoldGPT) -> None:
         super().__init__()
         self.module = module
+        if module.pre_process and any(not parameter.requires_grad for parameter in module.embedding.parameters()):
+            module.embedding.register_forward_hook(_let_gradient_in)
 
     def forward(
         self,
@@ -80,3 +82,9 @@ class GPTStage(nn.Module):
             initialise_part(part.values, name, part.shape, part.index, self.module.plan.config, seed)
             found[name] = LazyTensor(part.shape, torch.float32, lambda index, part=part: part.values)
         return found
+
+
+def _let_gradient_in(module: nn.Module, inputs: object, hidden: Tensor) -> None:
+    """Megatron recomputes layers only for an input that has a gradient; a frozen embedding's would have none."""
+    if torch.is_grad_enabled() and not hidden.requires_grad:
+        hidden.requires_grad_()

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,21 +18,23 @@ import torch
 
 from ...kernels import ConfigError
 from ...parallel.checkpoint import Checkpointer
+from ...parallel.communication_settings import CommunicationSettings
 from ...parallel.engines import Engine, Job
 from ...parallel.layout import Layout, ResolvedLayout
 from ...parallel.meshes import Meshes
 from ...parallel.process import Process, broadcast, gather, running, together, world_size
-from ...parallel.watchdog import Watchdog
+from ...parallel.timeouts import naming_timeouts
+from ...parallel.watchdog import FIRST_STEP_S, Watchdog
 from ..build import ModelPlan
 from ..components import build, check
 from ..data import Data, DataSettings, open_data, open_tokenizer
 from ..data.batches import Share
 from ..interop.open import open_source
 from ..layout_checks import check_layout, check_ring
-from ..sharding import sharding_plan
 from .display import Display, make_display, quantity
 from .environment import describe_environment
 from .loop import Loop
+from .makers import maker_of
 from .optimizers import AdamW
 from .progress import Progress
 from .resume import Start, check_same_data, choose_start
@@ -81,6 +84,7 @@ class RunPlan:
     schedule: Schedule
     engine: Any
     layout: Layout
+    communication: CommunicationSettings
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> RunPlan:
@@ -107,6 +111,7 @@ class RunPlan:
             schedule=build(config["schedule"], "schedule"),
             engine=build(config["engine"], "engine"),
             layout=check(Layout, config.get("layout") or {}, "layout"),
+            communication=check(CommunicationSettings, config.get("communication") or {}, "communication"),
         )
 
     def resolve_layout(self, world: int) -> ResolvedLayout:
@@ -123,6 +128,7 @@ class RunPlan:
             )
         share = Share.of(self.data.global_batch_size, self.data.micro_batch_size, 0, layout.data)
         self.engine.check(layout, self.job(share))
+        maker_of(self.engine).check_model(self.model, self.trainer, layout)
         stages = self.engine.schedule.stages(layout.pp)
         self.model.split(stages, self.data.sequence_length)
         return layout
@@ -147,7 +153,7 @@ def train(config: Mapping[str, Any], run_dir: Path, tell: Callable[[str], None] 
 
     Args:
         config: the resolved tree of groups (model, router, experts, dispatcher, data, optimizer, schedule, trainer,
-            logger, layout, engine) and `seed`, `resume`, `init_from`,
+            logger, layout, engine, communication) and `seed`, `resume`, `init_from`,
             `init_optimizer`.
         run_dir: the same on all ranks; a run that is there already goes on, as `resume` says.
         tell: gets one line before the process ends because a rank hangs.
@@ -161,7 +167,8 @@ def train(config: Mapping[str, Any], run_dir: Path, tell: Callable[[str], None] 
     start = choose_start(plan.config, folder)
     with (
         deterministic_algorithms(plan.trainer.deterministic),
-        running(plan.trainer.device, plan.trainer.hang_timeout_s + 300) as process,  # first the watchdog says who hangs
+        plan.communication.in_environment(run_dir),
+        running(plan.trainer.device, plan.communication.meeting_time(plan.trainer.hang_timeout_s)) as process,
         make_display(plan.logger.display, plan.trainer.steps, process.is_main) as display,
     ):
         start = broadcast(start)
@@ -170,18 +177,26 @@ def train(config: Mapping[str, Any], run_dir: Path, tell: Callable[[str], None] 
         check_same_data(start, meta["tokenizer"], meta["data"])
         if start.is_finished(plan.trainer.steps):
             return finished(plan, folder, start, data, process, display)
+        if start.rests(plan.trainer.stop_after):
+            display.message(rest_message(start.progress().step))
+            return result_of(False, folder, start.progress(), start.meta["evaluation"])
         meshes = layout.meshes(process.device.type)
         engine = prepare_engine(plan, process, meshes)
         load_start(engine, start)
         together(lambda: prepare_folder(plan, folder, start, data, meta) if process.is_main else None)
         with contextlib.closing(data.train), writing_metrics(plan, folder, start, process) as sinks:
-            watchdog = Watchdog(process, plan.trainer.hang_timeout_s, tell)
+            record = partial(plan.communication.write_record, run_dir, process.rank)
+            watchdog = Watchdog(process, plan.trainer.hang_timeout_s, tell, record, FIRST_STEP_S)
             loop = make_loop(plan, folder, start, data, engine, process, meshes, watchdog, sinks, display, meta)
             display.header(header(plan, folder, start, data, process))
-            with watchdog, contextlib.closing(loop.checkpointer):  # a save in the background ends before the group does
+            waiting_time = plan.communication.start_counting(plan.trainer.hang_timeout_s)
+            # A save in the background ends before the group does.
+            with watchdog, contextlib.closing(loop.checkpointer), naming_timeouts(process, waiting_time, record):
                 completed = loop.run()
         evaluation = loop.last_evaluation.record() if loop.last_evaluation else None
-        if not completed:
+        if not completed and plan.trainer.stop_after == loop.progress.step:
+            display.message(rest_message(loop.progress.step))
+        elif not completed:
             display.message(f"stopped after step {loop.progress.step} and saved; the same command goes on from there")
         elif process.is_main and evaluation:
             conclude(plan, folder, data, loop.progress, evaluation, process, display)
@@ -197,6 +212,10 @@ def finished(
     if process.is_main and not folder.summary.exists():
         conclude(plan, folder, data, progress, evaluation, process, display)
     return result_of(True, folder, progress, evaluation)
+
+
+def rest_message(step: int) -> str:
+    return f"stopped after step {step}, evaluated and saved; trainer.stop_after=null or a later step goes on from there"
 
 
 def open_data_of(plan: RunPlan, layout: ResolvedLayout, process: Process, display: Display) -> Data:
@@ -218,28 +237,28 @@ def prepare_folder(plan: RunPlan, folder: RunFolder, start: Start, data: Data, m
     folder.create()
     folder.write_config({**plan.config, "run_dir": str(folder.path)})
     folder.write_json(folder.environment, meta["environment"])
+    plan.communication.make_folder(folder.path)
     data.tokenizer.save(folder.path)
     progress = start.progress()
     folder.cut_back(progress.step, progress.evaluated_step)
 
 
 def prepare_engine(plan: RunPlan, process: Process, meshes: Meshes) -> Engine:
-    """Build the model without memory, spread it over the ranks and give it values that depend on the seed only."""
-    with torch.device("meta"):
-        parts = plan.model.make_parts(
-            plan.engine.schedule,
-            plan.trainer.activation_checkpointing,
-            meshes,
-            plan.data.sequence_length,
-            context_attention=plan.trainer.context_attention,
-            activation_offload=plan.trainer.activation_offload,
-        )
+    """Make the model, spread it over the ranks and give it values that depend on the seed only."""
+    parts, sharding = maker_of(plan.engine).make_parts(
+        plan.model,
+        plan.trainer,
+        process=process,
+        meshes=meshes,
+        sequence_length=plan.data.sequence_length,
+        seed=plan.seed,
+    )
     return plan.engine.prepare(
         parts,
         plan.optimizer,
         process=process,
         meshes=meshes,
-        plan=sharding_plan(parts),
+        plan=sharding,
         precision=plan.trainer.precision,
         compile=plan.trainer.compile,
         deterministic=plan.trainer.deterministic,

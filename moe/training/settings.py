@@ -44,7 +44,7 @@ class TrainerSettings:
         report: write RUN/report at the end.
         device: auto, cpu or cuda.
         hang_timeout_s: a run of several ranks in which nothing has moved for so long ends, and says which rank stands
-            still and where. Longer than the longest evaluation or save.
+            still and where. Longer than the longest evaluation or save; the first step gets two minutes at least.
     """
 
     steps: int

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
@@ -124,8 +125,10 @@ class WeightsAndBiases:
             self._run = wandb.init(
                 mode=settings.wandb,  # type: ignore[arg-type]
                 project=settings.project,
-                name=settings.name or folder.path.name,
-                group=settings.group,
+                # wandb's own variables, which a sweep sets for its trials; wandb reads them once a process, and only
+                # where no name is given.
+                name=settings.name or os.environ.get("WANDB_NAME") or folder.path.name,
+                group=settings.group or os.environ.get("WANDB_RUN_GROUP"),
                 tags=list(settings.tags),
                 id=run_id,
                 resume="allow",

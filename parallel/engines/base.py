@@ -45,6 +45,9 @@ class Job:
 class EngineChoice(Protocol):
     """What a config chooses with `engine=…`; besides, `prepare` spreads a model (see `TorchEngine.prepare`).
 
+    An engine that trains another class of model than ours is a class of the floor above, which makes it
+    (`moe.training.makers.ModelMaker`): this floor knows no model.
+
     Attributes:
         schedule: which parts of the model are whose in a pipeline.
     """

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from scatterfold.tools.cli import main
-from scatterfold.tools.trial import FINISHED, Trial
+from scatterfold.tools.sweep.trial import DROPPED, FINISHED, Trial
 
 pytestmark = pytest.mark.distributed
 
@@ -233,6 +234,20 @@ def test_a_rank_that_hangs_is_named_with_its_stack(launch_with_fault, tmp_path):
     assert "time.sleep(0.1)" in (tmp_path / "run" / "logs" / "rank-1.err").read_text()
 
 
+def test_a_collective_that_a_rank_never_joins_ends_the_run(launch_with_fault, tmp_path):
+    words = ["run_dir=run", "communication.timeout_s=5", "communication.flight_recorder=20"]
+    code, _, err = launch_with_fault("hang", overrides=words)
+    assert code == 1
+    (line,) = err.splitlines()
+    # Rank 0 in step 2, or on a busy machine either of them before.
+    found = re.search(
+        r"CollectiveTimeout: rank (\d) waited 5 s \(communication\.timeout_s\) in \w+ at \S+:\d+ \(", line
+    )
+    assert found is not None, line
+    record = json.loads((tmp_path / "run" / "flight_recorder" / f"rank-{found[1]}.json").read_text())
+    assert 0 < len(record["entries"]) <= 20
+
+
 FAKES = {
     "scontrol": "echo localhost; echo another-host\n",
     # Two machines, which are both this one.
@@ -294,12 +309,18 @@ def test_the_slurm_launcher_writes_and_submits(tmp_path, tiny, slurm, capfd, mon
 
 def test_a_sweep_of_torchrun_jobs(tmp_path, tiny, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    words = ["launcher=torchrun", "launcher.nproc_per_node=2", "seed=choice(3)", "hydra.sweep.dir=sweep"]
-    assert main(["train", "-m", *tiny, *words]) == 0
-    trial = Trial.load(tmp_path / "sweep" / "0")
-    assert trial.status == FINISHED and trial.objective > 0
-    assert json.loads((tmp_path / "sweep" / "0" / "environment.json").read_text())["processes"] == 2
-    assert (tmp_path / "sweep" / "0" / "logs" / "rank-1.err").exists()
+    words = ["launcher=torchrun", "launcher.nproc_per_node=2", "optimizer.lr=1e-6,1e-2", "hydra.launcher.parallel=2"]
+    halving = ["hydra/sweeper=halving", "hydra.sweeper.eta=2", "hydra.sweep.dir=sweep", "trainer.steps=4"]
+    assert main(["train", "-m", *tiny, *words, *halving]) == 0
+    dropped, best = (Trial.load(tmp_path / "sweep" / str(number)) for number in range(2))
+    assert dropped.status == DROPPED and dropped.steps == 2 and best.rungs["2"] < dropped.rungs["2"]
+    assert best.status == FINISHED and best.steps == 4 and 0 < best.objective < best.rungs["2"]
+    for number in range(2):
+        folder = tmp_path / "sweep" / str(number)
+        assert json.loads((folder / "environment.json").read_text())["processes"] == 2
+        assert (folder / "logs" / "rank-1.err").exists()
+    steps = [json.loads(line)["step"] for line in (tmp_path / "sweep/1/metrics.jsonl").read_text().splitlines()]
+    assert sorted(set(steps)) == [1, 2, 3, 4]
 
 
 def test_what_cannot_be_launched_is_one_line(tmp_path, tiny, capfd, monkeypatch):

@@ -43,11 +43,18 @@ def gets_on(rank):
         WATCHDOG.alive()
 
 
+def begins_slowly(rank):
+    time.sleep(2 * TIMEOUT_S)
+    WATCHDOG.alive()
+    computes_for_ever(rank)
+
+
 def worker(action):
     global OTHER, WATCHDOG
     with running("cpu", timeout_s=60) as process:
         OTHER = dist.new_group()
-        with Watchdog(process, TIMEOUT_S, tell=print) as WATCHDOG:
+        first_s = 10 * TIMEOUT_S if action == "begins_slowly" else 0.0
+        with Watchdog(process, TIMEOUT_S, tell=print, first_s=first_s) as WATCHDOG:
             dist.barrier()
             WATCHDOG.alive()
             globals()[action](process.rank)
@@ -71,6 +78,12 @@ def test_a_rank_that_computes_for_ever_is_named_with_its_line_and_stack(start):
     assert "rank 1 hangs at" in said and "(computes_for_ever)" in said and "test_watchdog.py" in said
     assert "rank 0 waits in all_reduce" in said
     assert "time.sleep(0.1)" in stack
+
+
+def test_the_first_step_may_take_longer_and_no_other(start):
+    (code, said, _), (other, _, _) = start("begins_slowly")
+    assert code == 1 and other == 1
+    assert "rank 1 hangs at" in said and "(computes_for_ever)" in said and "rank 0 waits in all_reduce" in said
 
 
 def test_a_stopped_rank_is_named_by_its_silence(start):

@@ -14,6 +14,9 @@ COMMAND_LINES = [
     ["data"],
     ["data", "prepare"],
     ["convert"],
+    ["plan"],
+    ["plan", "calibrate"],
+    ["plan", "validate"],
     ["launch"],
     ["sweep"],
     ["sweep", "report"],
@@ -50,7 +53,7 @@ def test_every_command_explains_itself_with_an_example(scatterfold, words):
         (["sweep", "reprot"], "sweep reprot is no command (did you mean report?)"),
         (["launch", "trian"], "'trian' cannot be launched (did you mean train?)"),
         (["launch", "--nproc", "2", "train"], "--nproc"),
-        (["launch", "--nnodes", "two", "train"], "invalid int value: 'two'"),
+        (["launch", "--nnodes", "two", "train"], "nnodes=two is no number of machines"),
     ],
     ids=str,
 )

@@ -79,7 +79,7 @@ def test_a_key_that_only_the_constructor_knows_is_accepted(tmp_path):
     [
         (["trainer.stesp=3"], "trainer.stesp=3 is an unknown key (did you mean trainer.steps?), allowed in trainer: "),
         (["stepz=3"], "stepz=3 is an unknown key (did you mean trainer.steps?), allowed: "),
-        (["routr=top_k"], "routr=top_k is an unknown key (did you mean router?), allowed: data, "),
+        (["routr=top_k"], "routr=top_k is an unknown key (did you mean router?), allowed: communication, data, "),
         (["router=tok_k"], "router=tok_k does not exist (did you mean top_k?), allowed: "),
         (["experiment=demx"], "experiment=demx does not exist (did you mean demo?), allowed: "),
         (["router.width=3"], "router.width=3 is an unknown key"),

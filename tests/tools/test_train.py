@@ -45,6 +45,24 @@ def test_a_finished_run_is_run_again_in_a_new_folder(scatterfold, tmp_path, fini
     assert json.loads((tmp_path / "other" / "summary.json").read_text())["steps"] == 1
 
 
+def test_a_run_may_stop_after_a_step_and_go_on(scatterfold, tmp_path, finished_run, tiny):
+    words = ["train", *tiny, "run_dir=run", "logger.display=plain"]
+    for _ in range(2):  # the second time there is nothing to do
+        outcome = scatterfold(*words, "trainer.stop_after=1")
+        assert outcome.code == 0 and "stopped after step 1, evaluated and saved" in outcome.out
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-1"]
+    assert not (tmp_path / "run" / "summary.json").exists()
+    assert scatterfold(*words).code == 0
+
+    def losses(folder):
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        return [(line["step"], line["loss"], line["lr"]) for line in lines if "loss" in line]
+
+    assert losses(tmp_path / "run") == losses(finished_run)
+    refused = scatterfold(*words, "trainer.stop_after=0")
+    assert refused.code == 2 and "trainer.stop_after=0 is too small, allowed: null, 1 or more" in refused.line
+
+
 def test_a_rerun_says_that_it_has_no_groups(scatterfold, finished_run):
     outcome = scatterfold("train", "--config-path", finished_run, "router=threshold")
     assert outcome.code == 2

@@ -1,4 +1,4 @@
-"""The command: look, compute, print."""
+"""The command: look, compute, communicate, print."""
 
 from __future__ import annotations
 
@@ -7,26 +7,30 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
+from .. import rank_report
 from ..arguments import argument
 from ..subcommands import run_command
 
-if TYPE_CHECKING:
-    from .checks import NumericCheck
-    from .choices import BackendChoice
+RANKS_TIMEOUT_S = 300.0
 
 
 @dataclass(frozen=True)
 class Doctor:
-    """Check this machine: versions, devices, disk, which kernels run and why, and whether they compute correctly.
+    """Check this machine: versions, devices, links, clocks, disks, limits, and whether the kernels are right.
 
-    Leaves with exit code 1 if a kernel computes something wrong.
+    ranks=N also starts N ranks here and checks an all-reduce and an all-to-all; under torchrun, on one machine or many,
+    the ranks that are there do: torchrun … -m scatterfold.tools.doctor. Leaves with exit code 1 if a kernel or a
+    collective computes something wrong.
     """
 
-    EXAMPLE: ClassVar[str] = "scatterfold doctor json=doctor.json"
+    EXAMPLE: ClassVar[str] = "scatterfold doctor ranks=8 run_dir=/shared/runs json=doctor.json"
 
-    run_dir: Path = argument("where run folders will be, for the free space of its disk", default=Path("runs"))
+    run_dir: Path = argument("where run folders will be, for the room and the speed of its disk", default=Path("runs"))
+    ranks: int = argument("start so many ranks and check their collectives; 0 for none", default=0, least=0)
+    device: str = argument("of the ranks", default="auto", choices=("auto", "cpu", "cuda"))
+    disk_mb: int = argument("write and read so much to measure disks; 0 for nothing", default=64, least=0)
     json: Path | None = argument("also write all of it to this file", default=None)
 
 
@@ -36,82 +40,78 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(settings: Doctor) -> int:
-    from ..files import check_target, write_atomically
+    from ..files import check_target
+
+    check_target(settings.json)
+    if rank_report.under_torchrun() and rank_report.world() > 1:
+        return _among_ranks(settings)
+    return _report(settings, _own_ranks(settings))
+
+
+def _own_ranks(settings: Doctor) -> dict[str, Any] | None:
+    """What ranks of this machine found; a rank that fails is a result, too."""
+    if settings.ranks < 2:
+        return None
+    from ..bench.ranks import measure_in_ranks
+
+    module = "scatterfold.tools.doctor.worker"
+    try:
+        return measure_in_ranks(module, {"device": settings.device}, settings.ranks, RANKS_TIMEOUT_S)
+    except RuntimeError as error:
+        return {"world": settings.ranks, "wrong": [str(error)]}
+
+
+def _among_ranks(settings: Doctor) -> int:
+    """Every rank takes part; the first prints, with what the other machines have to say about themselves."""
+    from ...parallel.process import gather, running
+    from .machine import describe_machine
+    from .notes import notes
+    from .ranks import check_ranks
+
+    with running(settings.device, timeout_s=RANKS_TIMEOUT_S) as process:
+        found = check_ranks(process)
+        own = notes(describe_machine(settings.run_dir, 0)) if process.local_rank == 0 and not process.is_main else []
+        found["notes"] = [f"{found['hosts'][rank]}: {note}" for rank, said in enumerate(gather(own)) for note in said]
+        code = _report(settings, found) if process.is_main else 0
+        return max(gather(code))
+
+
+def _report(settings: Doctor, ranks: dict[str, Any] | None) -> int:
+    """Look at this machine, print everything, write the JSON; returns the exit code."""
+    from ..files import write_atomically
     from .checks import check_backends
     from .choices import backend_choices
     from .machine import describe_machine
+    from .notes import notes
+    from .show import show_checks, show_choices, show_machine, show_ranks
 
-    check_target(settings.json)
-    machine = describe_machine(settings.run_dir)
-    _print_machine(machine)
+    machine = describe_machine(settings.run_dir, settings.disk_mb)
+    said = [*notes(machine), *(ranks or {}).get("notes", []), *(ranks or {}).get("slow", [])]
+    show_machine(machine)
     choices = backend_choices()
-    _print_choices(choices)
+    show_choices(choices)
     checks = check_backends()
-    _print_checks(checks)
-    failed = [check for check in checks if not check.passed]
+    show_checks(checks)
+    if ranks is not None:
+        show_ranks(ranks)
+    for note in said:
+        print(f"note: {note}")
+    failed = sum(not check.passed for check in checks)
+    wrong = (ranks or {}).get("wrong", [])
     if settings.json is not None:
         record = {
             **machine,
             "backends": [choice.record() for choice in choices],
             "checks": [check.record() for check in checks],
-            "passed": not failed,
+            "ranks": ranks,
+            "notes": said,
+            "passed": not failed and not wrong,
         }
         write_atomically(settings.json, json.dumps(record, indent=2) + "\n")
-    if failed:
-        print(f"scatterfold: {len(failed)} of {len(checks)} checks failed", file=sys.stderr)
+    if failed or wrong:
+        lines = [f"{failed} of {len(checks)} checks failed"] if failed else []
+        lines += [f"{wrong[0]} is wrong" + (f", and {len(wrong) - 1} more" if len(wrong) > 1 else "")] if wrong else []
+        print(f"scatterfold: {'; '.join(lines)}", file=sys.stderr)
         return 1
-    print(f"all {len(checks)} checks passed")
+    print(f"all {len(checks)} checks passed" + (f", and {ranks['world']} ranks agree" if ranks else ""))
     return 0
-
-
-def _print_machine(machine: dict[str, Any]) -> None:
-    versions = machine["versions"]
-    rows = [(name, version or "not installed") for name, version in versions.items()]
-    cpu = machine["cpu"]
-    rows.append(("CPU", f"{cpu['name']}, {cpu['cores']} cores, {cpu['threads']} threads"))
-    for number, gpu in enumerate(machine["gpus"]):
-        memory = f"{gpu['memory_bytes'] / 2**30:,.0f} GiB"
-        rows.append((f"GPU {number}", f"{gpu['name']}, {memory}, compute capability {gpu['capability']}"))
-    if not machine["gpus"]:
-        rows.append(("GPU", "none found"))
-    disk = machine["disk"]
-    rows.append(("disk", f"{disk['free_bytes'] / 2**30:,.1f} GiB free for {disk['run_dir']}"))
-    for name, value in rows:
-        print(f"{name:<16}{value}")
-    print()
-
-
-def _print_choices(choices: Sequence[BackendChoice]) -> None:
-    """One paragraph for each answer, one line for the dtypes that get it with the same shapes."""
-    print("backend of the experts, by dtype and (model width x expert width)")
-    answers: dict[tuple[str, str, str], dict[str, list[str]]] = {}
-    for choice in choices:
-        by_dtype = answers.setdefault((choice.device, choice.backend, choice.why), {})
-        by_dtype.setdefault(choice.dtype, []).append(f"{choice.width}x{choice.expert_width}")
-    for (device, backend, why), by_dtype in answers.items():
-        print(f"  {device:<6}{backend:<10}{why}")
-        by_shapes: dict[str, list[str]] = {}
-        for dtype, shapes in by_dtype.items():
-            by_shapes.setdefault(", ".join(shapes), []).append(dtype)
-        for shapes, dtypes in by_shapes.items():
-            print(f"  {'':<16}{', '.join(dtypes)}: {shapes}")
-    print()
-
-
-def _print_checks(checks: Sequence[NumericCheck]) -> None:
-    """One line for all that passed of a backend in a dtype; every failure by itself."""
-    print("numbers of the kernels, output and gradients against float64")
-    groups: dict[tuple[str, str, str], list[NumericCheck]] = {}
-    for check in checks:
-        groups.setdefault((check.device, check.backend, check.dtype), []).append(check)
-    for (device, backend, dtype), group in groups.items():
-        kind = f"{device:<6}{backend:<10}{dtype:<6}"
-        passed = [check for check in group if check.passed]
-        if passed:
-            worst = max(passed, key=lambda check: check.error or 0.0)
-            print(f"  {'ok':<8}{kind}{len(passed)} tensors, error {worst.error:.1e}, allowed {worst.allowed:.1e}")
-        for check in group:
-            if not check.passed:
-                figures = check.problem or f"error {check.error:.1e}, allowed {check.allowed:.1e}"
-                print(f"  {'FAILED':<8}{kind}{check.name}: {figures}")
-    print()

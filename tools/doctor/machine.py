@@ -1,17 +1,19 @@
-"""What there is: versions, processors, disk."""
+"""What there is: versions, processors, links, clocks, disks, limits."""
 
 from __future__ import annotations
 
 import os
 import platform
-import shutil
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ...moe.training.environment import device_name
+from ...moe.training.environment import device_name, driver_version, nccl_version
+from .clocks import describe_clocks
+from .links import describe_links
+from .storage import describe_storage
 
 PACKAGES = (
     "scatterfold",
@@ -24,8 +26,13 @@ PACKAGES = (
 )
 
 
-def describe_machine(run_dir: Path) -> dict[str, Any]:
-    """Versions (None: not installed), CPU, GPUs, and the free bytes where `run_dir` is or would be made."""
+def describe_machine(run_dir: Path, disk_megabytes: int) -> dict[str, Any]:
+    """Versions (None: not installed), CPU, GPUs, links, clocks, disks and limits.
+
+    Args:
+        run_dir: where run folders are or will be.
+        disk_megabytes: how much to write and read for the speed of disks; 0 for none.
+    """
     return {
         "versions": {"python": platform.python_version(), "torch": torch.__version__} | _versions(),
         "cpu": {
@@ -35,7 +42,11 @@ def describe_machine(run_dir: Path) -> dict[str, Any]:
         },
         "gpus": [_gpu(number) for number in range(torch.cuda.device_count())],
         "cuda": torch.version.cuda,
-        "disk": {"run_dir": str(run_dir), "free_bytes": shutil.disk_usage(_existing(run_dir)).free},
+        "driver": driver_version(),
+        "nccl": nccl_version(),
+        "links": describe_links(),
+        "clocks": describe_clocks(),
+        **describe_storage(run_dir, disk_megabytes),
     }
 
 
@@ -53,11 +64,3 @@ def _gpu(number: int) -> dict[str, Any]:
     properties = torch.cuda.get_device_properties(number)
     capability = f"{properties.major}.{properties.minor}"
     return {"name": properties.name, "memory_bytes": properties.total_memory, "capability": capability}
-
-
-def _existing(folder: Path) -> Path:
-    """The folder, or the nearest of its parents that is there."""
-    folder = folder.absolute()
-    while not folder.exists():
-        folder = folder.parent
-    return folder

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from torch.distributed.elastic.multiprocessing.api import LogsDest, LogsSpecs
@@ -17,13 +19,17 @@ class RankLogs(LogsSpecs):
     Attributes:
         errors: the stderr file of each rank of this machine.
 
+    Args:
+        before_start: called each time before the ranks of this machine start.
+
     Raises: OSError if the folder cannot be made.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, before_start: Callable[[], None] = lambda: None) -> None:
         super().__init__(str(folder))
         self.folder = folder
         self.errors: dict[int, Path] = {}
+        self.before_start = before_start
         folder.mkdir(parents=True, exist_ok=True)
 
     @property
@@ -32,6 +38,8 @@ class RankLogs(LogsSpecs):
 
     def reify(self, envs: dict[int, dict[str, str]]) -> LogsDest:
         """The files of each local rank, by torch's numbering."""
+        self.before_start()
+        self.errors.clear()  # after a machine has left, ranks have other numbers
         out: dict[int, str] = {}
         err: dict[int, str] = {}
         tee: dict[int, str] = {}
@@ -54,3 +62,13 @@ class RankLogs(LogsSpecs):
             number += 1
             stem = f"rank-{rank}.{number}"
         return stem
+
+
+def nccl_timeout(log: Path) -> str | None:
+    """The collective that NCCL's watchdog gave up on, in its words, if that is why a rank of this log ended."""
+    try:
+        text = log.read_text(errors="replace") if log.is_file() else ""
+    except OSError:
+        return None
+    found = re.search(r"caught collective operation timeout: (WorkNCCL.*? milliseconds)", text)
+    return found.group(1) if found else None

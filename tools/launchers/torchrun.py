@@ -18,11 +18,13 @@ from typing import TYPE_CHECKING, Any
 from ...kernels.errors import ConfigError
 from .. import rank_report
 from ..run_folder import VARIABLE
+from .machines import parse_endpoint, parse_nodes, parse_rendezvous
 
 if TYPE_CHECKING:
     from .rank_logs import RankLogs
 
 WORDS = ("auto", "gpu", "cpu")
+UNFINISHED = "unfinished"  # in RUN/logs: the run was stopped and has saved, and has steps left
 
 
 @dataclass(frozen=True)
@@ -31,17 +33,26 @@ class Torchrun:
 
     Attributes:
         nproc_per_node: ranks on this machine: a number, gpu, cpu, or auto for one a GPU or else one a core.
-        nnodes: machines; with several, the same command must run on each.
+        nnodes: machines; with several, the same command must run on each. MIN:MAX for a run that goes on, from its
+            newest checkpoint, when machines leave or join.
         rdzv_endpoint: HOST:PORT of one of the machines, where they find each other.
         max_restarts: how often all ranks are started again after one has failed; they resume from the checkpoint.
+        rdzv_conf: how long machines wait for each other, KEY=SECONDS,… with the keys of torch's rendezvous.
+        local_addr: how other machines reach this one; None for its host name.
+        node_rank: number of this machine, of which 0 is the one at `rdzv_endpoint`; None to tell by its name.
+        stopped_code: exit code of a run that a signal stopped, after it has saved.
 
     Raises: ConfigError for a value that cannot be.
     """
 
     nproc_per_node: int | str = "auto"
-    nnodes: int = 1
+    nnodes: int | str = 1
     rdzv_endpoint: str | None = None
     max_restarts: int = 0
+    rdzv_conf: str | None = None
+    local_addr: str | None = None
+    node_rank: int | None = None
+    stopped_code: int = 0
 
     def __post_init__(self) -> None:
         nproc = self.nproc_per_node
@@ -49,15 +60,29 @@ class Torchrun:
             raise ConfigError(
                 f"launcher.nproc_per_node={nproc} is no number of processes, allowed: 1 or more, {', '.join(WORDS)}"
             )
-        if self.nnodes < 1:
-            raise ConfigError(f"launcher.nnodes={self.nnodes} is too small, allowed: 1 or more")
+        least, most = self.machines
+        parse_rendezvous(self.rdzv_conf)
+        if self.rdzv_endpoint is not None:
+            parse_endpoint(self.rdzv_endpoint)
+        if not 0 <= self.stopped_code < 256:
+            raise ConfigError(f"launcher.stopped_code={self.stopped_code} is no exit code, allowed: 0 to 255")
         if self.max_restarts < 0:
             raise ConfigError(f"launcher.max_restarts={self.max_restarts} is negative, allowed: 0 or more")
-        if self.nnodes > 1 and self.rdzv_endpoint is None:
+        if least < most and self.max_restarts == 0:
+            raise ConfigError(
+                f"launcher.nnodes={self.nnodes} with max_restarts=0 would end with the first machine that leaves, "
+                "allowed: --max-restarts 1 or more"
+            )
+        if most > 1 and self.rdzv_endpoint is None:
             raise ConfigError(
                 f"launcher.nnodes={self.nnodes} needs a place to meet, allowed: --rdzv-endpoint HOST:PORT, the same on "
                 "every machine"
             )
+
+    @property
+    def machines(self) -> tuple[int, int]:
+        """Fewest and most."""
+        return parse_nodes(self.nnodes)
 
     def run(self, words: list[str], folder: Path) -> int:
         """Run `scatterfold train WORDS` on every rank, in the run folder `folder`."""
@@ -82,6 +107,9 @@ class _Group:
                 code = self._launch(command)
             if code == 2:  # bad input: nothing happened, so leave nothing behind
                 self._remove(is_new)
+            if code == 0 and rank_report.is_unfinished(self.meeting):
+                (self.logs / UNFINISHED).touch()  # for whoever starts the job again; see Slurm
+                code = self.settings.stopped_code
             return 130 if self.stopped_by == signal.SIGINT else code
         finally:
             shutil.rmtree(self.meeting, ignore_errors=True)
@@ -89,27 +117,31 @@ class _Group:
     def _launch(self, command: list[str]) -> int:
         from torch.distributed.elastic.multiprocessing import SignalException
         from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+        from torch.distributed.elastic.rendezvous.api import RendezvousError
         from torch.distributed.launcher.api import LaunchConfig, elastic_launch
         from torch.distributed.run import determine_local_world_size
 
         from .rank_logs import RankLogs
 
         nproc = determine_local_world_size(str(self.settings.nproc_per_node))
-        alone = self.settings.nnodes == 1
+        least, most = self.settings.machines
+        alone = most == 1
         try:
-            self.rank_logs = RankLogs(self.logs)
+            self.rank_logs = RankLogs(self.logs, before_start=lambda: rank_report.forget(self.meeting))
+            (self.logs / UNFINISHED).unlink(missing_ok=True)
         except OSError as error:
             raise ConfigError(
                 f"run_dir={self.folder} cannot be made ({error.strerror}), allowed: a folder that can be written"
             ) from error
         config = LaunchConfig(
-            min_nodes=self.settings.nnodes,
-            max_nodes=self.settings.nnodes,
+            min_nodes=least,
+            max_nodes=most,
             nproc_per_node=nproc,
             run_id=str(self.folder).replace("/", "_"),
             rdzv_backend="c10d",
-            rdzv_endpoint=self.settings.rdzv_endpoint or "localhost:0",
-            local_addr="localhost" if alone else None,
+            rdzv_endpoint="localhost:0" if alone else self.settings.rdzv_endpoint or "",
+            rdzv_configs=self._rendezvous(alone),
+            local_addr="localhost" if alone else self.settings.local_addr,
             max_restarts=self.settings.max_restarts,
             monitor_interval=0.1,
             logs_specs=self.rank_logs,
@@ -128,9 +160,24 @@ class _Group:
             return self._failure(error.failures)
         except SignalException as error:
             return 128 + error.sigval
+        except RendezvousError as error:
+            if self.stopped_by is not None:
+                return 128 + self.stopped_by
+            place, reason = self.settings.rdzv_endpoint, str(error) or type(error).__name__
+            rank_report.tell(f"the machines of this run did not meet at {place} ({reason.splitlines()[0]})", 1)
+            return 1
+
+    def _rendezvous(self, alone: bool) -> dict[str, Any]:
+        """What torch's rendezvous takes besides the place."""
+        found: dict[str, Any] = dict(parse_rendezvous(self.settings.rdzv_conf))
+        if self.settings.node_rank is not None and not alone:
+            found["is_host"] = self.settings.node_rank == 0
+        return found
 
     def _failure(self, failures: dict[int, Any]) -> int:
         """Print one line for all ranks and return the exit code that they asked for."""
+        from .rank_logs import nccl_timeout
+
         words = rank_report.last_words(self.meeting)
         if self.stopped_by is not None and not words:
             return 128 + self.stopped_by  # asked to stop before training began: there was nothing to save
@@ -141,7 +188,9 @@ class _Group:
             return first.code
         rank, failure = next(iter(sorted(failures.items())))
         how = f"signal {-failure.exitcode}" if failure.exitcode < 0 else f"exit code {failure.exitcode}"
-        rank_report.tell(f"rank {rank} ended with {how}; its log is {self._log(rank)}", 1)
+        waited = nccl_timeout(self._log(rank))
+        why = f"waited too long in NCCL: {waited}" if waited else f"ended with {how}"
+        rank_report.tell(f"rank {rank} {why}; its log is {self._log(rank)}", 1)
         return 1
 
     def _log(self, rank: int) -> Path:

@@ -1,0 +1,8 @@
+"""`torchrun … -m scatterfold.tools.doctor`."""
+
+import sys
+
+from .command import main
+
+if __name__ == "__main__":
+    sys.exit(main())
