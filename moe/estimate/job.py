@@ -22,7 +22,7 @@ from ..experts import Experts
 from ..models.config import ModelConfig
 from ..models.counts import ModelCounts
 from ..routers.base import Router
-from ..training.run import RunPlan
+from ..training.run_plan import RunPlan
 from .inventory import Inventory
 
 

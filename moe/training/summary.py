@@ -16,7 +16,7 @@ from .run_folder import RunFolder
 from .throughput import Meter, device_peak
 
 if TYPE_CHECKING:
-    from .run import RunPlan
+    from .run_plan import RunPlan
 
 
 def describe_run(plan: RunPlan, data: Data, process: Process) -> list[tuple[str, str]]:

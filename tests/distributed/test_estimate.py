@@ -16,7 +16,7 @@ from jobs import config, job
 
 from scatterfold.moe.estimate import peak_memory, volume
 from scatterfold.moe.estimate.state import RankState
-from scatterfold.moe.training.run import RunPlan
+from scatterfold.moe.training.run_plan import RunPlan
 from scatterfold.parallel.process import gather, running
 from scatterfold.tools.plan.measure import Steps
 

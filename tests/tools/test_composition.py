@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from scatterfold.kernels import ConfigError
-from scatterfold.moe.training.run import RunPlan
+from scatterfold.moe.training.run_plan import RunPlan
 from scatterfold.tools.composition import CONFIGS, session
 from scatterfold.tools.launchers import launcher_of
 from scatterfold.tools.request import Request

@@ -13,7 +13,7 @@ import torch
 from ...moe.estimate import Device, Job, Workload
 from ...moe.estimate.devices import COLLECTIVES, Link, Rates
 from ...moe.training.environment import device_name
-from ...moe.training.run import RunPlan
+from ...moe.training.run_plan import RunPlan
 from ...parallel.layout import ResolvedLayout
 from ...parallel.process import Process, gather, running
 from .layer_fit import with_steps

@@ -7,7 +7,7 @@ from typing import Any
 
 from ...kernels.errors import ConfigError
 from ...moe.estimate import SIZES
-from ...moe.training.run import RunPlan
+from ...moe.training.run_plan import RunPlan
 from ..composition import session
 from ..request import Request
 from ..train import checked

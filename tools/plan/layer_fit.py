@@ -9,7 +9,7 @@ from typing import Any
 
 from ...moe.estimate import Device, Job, Workload
 from ...moe.estimate.step_time import UPDATE_BYTES, arithmetic_seconds, elementwise_bytes
-from ...moe.training.run import RunPlan
+from ...moe.training.run_plan import RunPlan
 from ...parallel.layout import ResolvedLayout
 from ...parallel.meshes import ALONE
 from ...parallel.process import Process, gather

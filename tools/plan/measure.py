@@ -13,7 +13,8 @@ from torch import Tensor
 
 from ...moe.context import StepContext
 from ...moe.data.batches import Share
-from ...moe.training.run import RunPlan, prepare_engine
+from ...moe.training.run import prepare_engine
+from ...moe.training.run_plan import RunPlan
 from ...parallel.engines import Engine
 from ...parallel.meshes import Meshes
 from ...parallel.process import Process

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ...moe.training.run import RunPlan
+from ...moe.training.run_plan import RunPlan
 from ...parallel.process import gather, running
 from .measure import Steps
 

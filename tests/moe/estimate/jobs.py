@@ -1,7 +1,7 @@
 """Small jobs for tests of estimates, from plain mappings as a config file gives them."""
 
 from scatterfold.moe.estimate import Job, Workload
-from scatterfold.moe.training.run import RunPlan
+from scatterfold.moe.training.run_plan import RunPlan
 from scatterfold.parallel import Layout
 
 MODEL = {

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ....kernels import ConfigError
-from ....moe.training.run import RunPlan
+from ....moe.training.run_plan import RunPlan
 from .arms import ARMS, Arm
 
 BASE = "base"
