@@ -211,16 +211,17 @@ def write(folder, engine, found, process, layout):
 
 
 def read(folder, engine, process):
-    """Model and optimizer, or the model alone, from what any layout wrote."""
+    """Model and optimizer from what any layout wrote; the model alone from what one process and eight wrote."""
     newest = broadcast(newest_checkpoint(folder))
     state = torch.load(folder.with_name(f"{folder.name} state.pt"))
-    engine.load_weights(open_checkpoint(newest, "model."), newest)
-    assert not engine.optimizer.state
-    same(weights(engine), {name: tensor for name, tensor in state.items() if name.startswith("model.")})
-    engine.load_optimizer(open_checkpoint(newest, "optimizer."), newest)
-    same(whole_state(engine), state)
-    for tensor in engine.state_dict().values():
-        local_part(tensor).zero_()
+    if folder.name in SOURCES[:2]:
+        engine.load_weights(open_checkpoint(newest, "model."), newest)
+        assert not engine.optimizer.state
+        same(weights(engine), {name: tensor for name, tensor in state.items() if name.startswith("model.")})
+        engine.load_optimizer(open_checkpoint(newest, "optimizer."), newest)
+        same(whole_state(engine), state)
+        for tensor in engine.state_dict().values():
+            local_part(tensor).zero_()
     engine.load(newest)
     same(whole_state(engine), state)
     if folder.name != "alone":

@@ -120,8 +120,8 @@ def test_a_sweep_gives_each_trial_what_the_user_typed(export, data, tmp_path, mo
 
     started = []
 
-    def start(self, trial, folder, environment):
-        started.append(trial.overrides)
+    def start(self, words, folder, environment):
+        started.append(words)
         (folder / trials.LOG_FILE).write_text("scatterfold: not run\n")
         return 1
 
