@@ -46,7 +46,9 @@ class Device:
         network: to other machines, for each rank of a machine.
         ranks_per_node: on one machine.
         layer_seconds: of a dense and a MoE layer forward and backward, besides arithmetic: calls and launches.
-        step_seconds: of a step, besides its layers.
+        step_seconds: of a step, besides its layers and its head.
+        scale: what a dense layer, a MoE layer and the head take in a real step, over the sum of their parts, each
+            timed by itself: caches are shared and buffers are new there, and more or fewer rows go to each expert.
         asynchronous: whether calls run ahead of the device, so that they cost only where it would wait for them.
         overlap: share of the computation beside which messages that are asked for ahead can run.
         source: where the figures come from.
@@ -66,6 +68,7 @@ class Device:
     reserved: int = 0
     layer_seconds: dict[str, float] = field(default_factory=lambda: {"dense": 0.0, "moe": 0.0})
     step_seconds: float = 0.0
+    scale: dict[str, float] = field(default_factory=lambda: {"dense": 1.0, "moe": 1.0, "head": 1.0})
     asynchronous: bool = False
     overlap: float = 0.0
     source: str = ""

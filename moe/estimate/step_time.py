@@ -132,7 +132,7 @@ def arithmetic_seconds(job: Job, device: Device, rank: int) -> float:
     total = sum(len(layers) * _layer_seconds(job, device, rates, layers[0]) for layers in by_kind)
     if job.has_last(rank):
         config = job.workload.config
-        total += 3 * 2.0 * job.tokens * config.width * config.vocab_size / rates.head
+        total += device.scale["head"] * 3 * 2.0 * job.tokens * config.width * config.vocab_size / rates.head
     return total
 
 
@@ -146,7 +146,9 @@ def _layer_seconds(job: Job, device: Device, rates: Rates, layer: int) -> float:
     if job.workload.experts_recompute and "experts" in half:
         seconds += 2 / 3 * half["experts"] / rates.experts
     seconds += sum(times) / 6 * device.passes * elementwise_bytes(job, layer) / device.bandwidth
-    calls = device.layer_seconds["moe" if job.workload.config.is_moe(layer) else "dense"]
+    kind = "moe" if job.workload.config.is_moe(layer) else "dense"
+    seconds *= device.scale[kind]
+    calls = device.layer_seconds[kind]
     return max(calls, seconds) if device.asynchronous else calls + seconds
 
 

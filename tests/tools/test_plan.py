@@ -1,12 +1,19 @@
 """`scatterfold plan`."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
 from scatterfold.kernels import ConfigError
-from scatterfold.moe.estimate import DEVICES
+from scatterfold.moe.estimate import DEVICES, Job, Workload
+from scatterfold.moe.estimate.step_time import step_time
+from scatterfold.moe.training.run_plan import RunPlan
+from scatterfold.parallel import Process
+from scatterfold.parallel.layout import ResolvedLayout
+from scatterfold.tools.plan import layer_fit
 from scatterfold.tools.plan.calibration import choose_device, document_of, read_device
+from scatterfold.tools.plan.configuration import compose
 from scatterfold.tools.plan.validate import report
 
 SMALL = ["model.layers=2", "model.width=32", "model.expert_width=16", "model.ffn_width=24", "data.sequence_length=32"]
@@ -118,6 +125,28 @@ def test_the_report_states_every_error():
     assert "    scatterfold plan calibrate output=this.json\n    scatterfold plan validate\n" in page
     assert "| `model.layers=1` | 1 | 1.0 | 2.0 | -50.0% | 5 |" in page
     assert "Memory: mean error 50.0%, largest 50.0%; Step time: mean error 50.0%, largest 50.0%." in page
+
+
+def test_a_calibration_finds_what_layers_and_steps_of_a_device_take(monkeypatch):
+    """From the times of steps on a device of which everything is known."""
+    seconds = {"layer_seconds": {"dense": 0.003, "moe": 0.007}, "step_seconds": 0.002}
+    known = replace(DEVICES["cpu"], passes=1.0, scale={"dense": 1.5, "moe": 0.8, "head": 0.6}, **seconds)
+
+    def time(config, length, changes, sequences, process):
+        plans = [
+            RunPlan.from_config(layer_fit._changed(config, layers, length, changes, sequences))
+            for layers in (layer_fit.FEW, layer_fit.MANY)
+        ]
+        jobs = [Job(Workload.of(plan, "cpu"), ResolvedLayout()) for plan in plans]
+        few, many = (step_time(job, known).total for job in jobs)
+        return layer_fit._Timed(jobs[0], few, (many - few) / (layer_fit.MANY - layer_fit.FEW))
+
+    monkeypatch.setattr(layer_fit, "_time", time)
+    config = compose([*SMALL, "data.sequence_length=256", "data.global_batch_size=4"])
+    job = Job(Workload.of(RunPlan.from_config(config), "cpu"), ResolvedLayout())
+    found = layer_fit.with_steps(config, job, Process(), DEVICES["cpu"])
+    for name in ("layer_seconds", "scale", "step_seconds"):
+        assert getattr(found, name) == pytest.approx(getattr(known, name), rel=1e-6), name
 
 
 @pytest.mark.distributed

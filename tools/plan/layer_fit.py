@@ -8,7 +8,7 @@ from math import prod
 from typing import Any
 
 from ...moe.estimate import Device, Job, Workload
-from ...moe.estimate.step_time import UPDATE_BYTES, arithmetic_seconds, elementwise_bytes
+from ...moe.estimate.step_time import UPDATE_BYTES, arithmetic_seconds
 from ...moe.training.run_plan import RunPlan
 from ...parallel.layout import ResolvedLayout
 from ...parallel.meshes import ALONE
@@ -35,27 +35,31 @@ class _Timed:
 
 
 def with_steps(config: dict[str, Any], job: Job, process: Process, device: Device) -> Device:
-    """The device with `passes`, `layer_seconds` and `step_seconds`, from steps that each rank does for itself.
+    """The device with `scale`, `layer_seconds` and `step_seconds`, from steps that each rank does for itself.
 
-    A layer takes calls + passes x its bytes / bandwidth + known, where known are the arithmetic and the update of its
-    parameters. Short and long sequences give two equations. Each kind of layer has its own calls; of passes the mean.
+    A layer takes calls + scale x the sum of its parts, besides the update of its parameters, and what is left of a step
+    takes as much with its head. Short and long sequences give two equations each, so a step of the configuration that
+    is measured is predicted as it was.
     """
     kinds: dict[str, dict[str, Any]] = {"moe": {}} if job.workload.plan.model.is_moe else {}
     if job.workload.config.ffn_width is not None:
         kinds["dense"] = {"num_experts": 0}
     lengths = SHORT, job.workload.plan.data.sequence_length
-    timed = {
-        kind: [_time(config, length, changes, job.share.micro_batch_size, process) for length in lengths]
-        for kind, changes in kinds.items()
-    }
-    fitted = {kind: _fit(device, *pair) for kind, pair in timed.items()}
-    calls = {kind: found[0] for kind, found in fitted.items()}
-    device = replace(
+    bare = replace(device, passes=1.0, layer_seconds={"dense": 0.0, "moe": 0.0}, step_seconds=0.0, asynchronous=False)
+    calls, scale, rests = {}, {}, []
+    for kind, changes in kinds.items():
+        pair = [_time(config, length, changes, job.share.micro_batch_size, process) for length in lengths]
+        calls[kind], scale[kind] = _line(*[_layer(bare, timed) for timed in pair], device.asynchronous)
+        rests.append([_rest(bare, timed) for timed in pair])
+    found = [_line(*rest, device.asynchronous) for rest in rests]
+    return replace(
         device,
-        passes=statistics.mean(passes for _, passes in fitted.values()),
+        passes=1.0,
         layer_seconds={kind: calls.get(kind, max(calls.values())) for kind in ("dense", "moe")},
+        step_seconds=statistics.mean(constant for constant, _ in found),
+        scale={kind: scale.get(kind, max(scale.values())) for kind in ("dense", "moe")}
+        | {"head": statistics.mean(factor for _, factor in found)},
     )
-    return replace(device, step_seconds=statistics.mean(_rest(device, short) for short, _ in timed.values()))
 
 
 def _time(config: dict[str, Any], length: int, changes: dict[str, Any], sequences: int, process: Process) -> _Timed:
@@ -79,24 +83,37 @@ def _changed(
     return {**config, "model": model, "data": {**data, "pack_documents": False}, "trainer": trainer, "layout": {}}
 
 
-def _fit(device: Device, short: _Timed, long: _Timed) -> tuple[float, float]:
-    """Seconds of calls, and passes, of a layer; none of them below zero."""
-    bare = replace(device, passes=0.0, layer_seconds={"dense": 0.0, "moe": 0.0}, asynchronous=False)
-    left, moved = [], []
-    for timed in (short, long):
-        layer = timed.job.workload.inventory.kinds[0]
-        update = UPDATE_BYTES * sum(prod(parameter.shape) for parameter in layer) / device.bandwidth
-        known = arithmetic_seconds(timed.job, bare, 0) - _head_seconds(timed.job, bare)
-        left.append(timed.layer - known - update)
-        moved.append(elementwise_bytes(timed.job, 0) / device.bandwidth)
-    passes = max((left[1] - left[0]) / (moved[1] - moved[0]), 0.0)
-    return max(left[0] - passes * moved[0], 0.0), passes
+def _line(short: tuple[float, float], long: tuple[float, float], asynchronous: bool) -> tuple[float, float]:
+    """Constant and factor of a line through two points (sum of the parts, seconds); none of them below zero.
+
+    Where calls run ahead of the device, the short one shows what calls take, and the long one what the device does.
+    """
+    through_zero = max(long[1], 0.0) / long[0]
+    if asynchronous:
+        return max(short[1], 0.0), through_zero
+    factor = (long[1] - short[1]) / (long[0] - short[0])
+    constant = short[1] - factor * short[0]
+    return (constant, factor) if factor > 0.0 and constant >= 0.0 else (0.0, through_zero)
 
 
-def _rest(device: Device, timed: _Timed) -> float:
-    """Seconds of a step besides its layer, its head and the update of its parameters."""
-    update = UPDATE_BYTES * timed.job.workload.inventory.total / device.bandwidth
-    return max(timed.step - arithmetic_seconds(timed.job, device, 0) - update, 0.0)
+def _layer(bare: Device, timed: _Timed) -> tuple[float, float]:
+    """The sum of a layer's parts, and what it took besides the update of its parameters."""
+    parts = arithmetic_seconds(timed.job, bare, 0) - _head_seconds(timed.job, bare)
+    return parts, timed.layer - _update_seconds(timed.job, bare, _layer_parameters(timed.job))
+
+
+def _rest(bare: Device, timed: _Timed) -> tuple[float, float]:
+    """The head, and what a step took besides its layer and the update of its other parameters."""
+    others = timed.job.workload.inventory.total - _layer_parameters(timed.job)
+    return _head_seconds(timed.job, bare), timed.step - timed.layer - _update_seconds(timed.job, bare, others)
+
+
+def _layer_parameters(job: Job) -> int:
+    return sum(prod(parameter.shape) for parameter in job.workload.inventory.kinds[0])
+
+
+def _update_seconds(job: Job, device: Device, parameters: int) -> float:
+    return UPDATE_BYTES * parameters / device.bandwidth
 
 
 def _head_seconds(job: Job, device: Device) -> float:

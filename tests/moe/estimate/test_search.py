@@ -87,13 +87,17 @@ def test_a_rank_computes_its_share():
 
 def test_step_time_by_hand():
     """One dense layer on one rank: everything but products is free."""
-    free = replace(DEVICES["cpu"], bandwidth=1e30, layer_seconds={"dense": 0.25, "moe": 9.0}, step_seconds=1.0)
+    scale = {"dense": 2.0, "moe": 9.0, "head": 3.0}
+    free = replace(
+        DEVICES["cpu"], bandwidth=1e30, layer_seconds={"dense": 0.25, "moe": 9.0}, step_seconds=1.0, scale=scale
+    )
     estimated = job(model={"num_experts": 0, "layers": 1})
     rates, tokens = free.rates["fp32"], 8 * 32
     dense = tokens * 2 * 32 * (2 * 32 + 2 * 16 + 3 * 24)
     attention = tokens * 4 * 32 * 33 / 2
     head = tokens * 2 * 32 * 260
-    expected = 3 * (dense / rates.dense + attention / rates.attention + head / rates.head) + 0.25 + 1.0
+    layer = dense / rates.dense + attention / rates.attention
+    expected = 3 * (2.0 * layer + 3.0 * head / rates.head) + 0.25 + 1.0
     found = step_time(estimated, free)
     assert found.total == pytest.approx(expected)
     assert found.tokens_per_second == pytest.approx(tokens / expected)
