@@ -49,16 +49,17 @@ def with_steps(config: dict[str, Any], job: Job, process: Process, device: Devic
     calls, scale, rests = {}, {}, []
     for kind, changes in kinds.items():
         pair = [_time(config, length, changes, job.share.micro_batch_size, process) for length in lengths]
-        calls[kind], scale[kind] = _line(*[_layer(bare, timed) for timed in pair], device.asynchronous)
-        rests.append([_rest(bare, timed) for timed in pair])
-    found = [_line(*rest, device.asynchronous) for rest in rests]
+        short, long = (_layer(bare, timed) for timed in pair)
+        calls[kind], scale[kind] = _line(short, long, device.asynchronous)
+        short, long = (_rest(bare, timed) for timed in pair)
+        rests.append(_line(short, long, device.asynchronous))
     return replace(
         device,
         passes=1.0,
         layer_seconds={kind: calls.get(kind, max(calls.values())) for kind in ("dense", "moe")},
-        step_seconds=statistics.mean(constant for constant, _ in found),
+        step_seconds=statistics.mean(constant for constant, _ in rests),
         scale={kind: scale.get(kind, max(scale.values())) for kind in ("dense", "moe")}
-        | {"head": statistics.mean(factor for _, factor in found)},
+        | {"head": statistics.mean(factor for _, factor in rests)},
     )
 
 

@@ -7,6 +7,7 @@ asked for again, which finds their folders and their checkpoints.
 
 from __future__ import annotations
 
+import logging
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -61,7 +62,7 @@ def _check(sweeper: DictConfig) -> None:
 def _open(storage: str, name: str) -> Any:
     import optuna  # pyright: ignore[reportMissingImports], an extra
 
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    optuna.logging.set_verbosity(logging.WARNING)
     try:
         return optuna.create_study(study_name=name, storage=storage, load_if_exists=True)
     except Exception as error:
