@@ -33,8 +33,8 @@ def calibrate(settings: Calibrate, overrides: list[str]) -> int:
         )
     data, profiles = config["data"], {}
     for count in ranks:
-        # Every rank has as many sequences in a micro-batch, whatever their number.
-        batch = data["micro_batch_size"] or max(1, data["global_batch_size"] // max(ranks))
+        # As a data-parallel rank of so many has them: experts are faster with more rows.
+        batch = data["micro_batch_size"] or max(1, data["global_batch_size"] // count)
         shared = {**data, "global_batch_size": batch * count, "micro_batch_size": batch}
         asked = {"config": {**config, "data": shared, "layout": {}}, "device": device, "seconds": settings.seconds}
         found = measure_in_ranks("scatterfold.tools.plan.calibrate_worker", asked, count, settings.timeout)
