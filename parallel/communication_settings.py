@@ -16,6 +16,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from ..kernels.errors import ConfigError
+from .environment_variables import environment_variables
 from .torch_private import set_group_timeouts, write_flight_record
 
 NCCL_DEBUG = ("version", "warn", "info", "trace")
@@ -107,13 +108,8 @@ class CommunicationSettings:
         """Set the variables, as the process group that is made inside must find them. Raises: as `check`."""
         self.check(run_dir)
         new = {name: value for name, (value, _) in self.variables(run_dir).items() if _of_user(name) is None}
-        before = {name: os.environ.get(name) for name in new}
-        os.environ.update(new)
-        try:
+        with environment_variables(new):
             yield
-        finally:
-            for name, value in before.items():
-                os.environ.pop(name, None) if value is None else os.environ.__setitem__(name, value)
 
     def waiting_time(self, hang_timeout_s: float) -> float:
         """How long a collective waits while training, in seconds."""

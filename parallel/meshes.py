@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -10,6 +12,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from .layout import Coordinates, ResolvedLayout
 from .torch_private import split_mesh
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,6 +71,19 @@ class Meshes:
         """True on one rank per share of the batch, on the last pipeline stage: the one that counts its tokens."""
         at = self.coordinates
         return self.is_last_stage and at.cp == 0 and at.tp == 0
+
+    def gather_over_stages(self, value: T) -> list[T]:
+        """What each rank of this pipeline passes, in the order of its stages. Every rank must call it."""
+        if self.pp is None:
+            return [value]
+        values = [value] * self.layout.pp
+        dist.all_gather_object(values, value, group=self.pp.get_group())
+        return values
+
+    def names_elsewhere(self, own: Iterable[str]) -> frozenset[str]:
+        """Names that other pipeline stages have and this one has not. Every rank must call it."""
+        here = list(own)
+        return frozenset(name for stage in self.gather_over_stages(here) for name in stage) - frozenset(here)
 
 
 ALONE = Meshes()

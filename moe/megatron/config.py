@@ -15,7 +15,7 @@ from ...parallel.layout import ResolvedLayout
 from ..blocks.block import CHECKPOINTING
 from ..build import ModelPlan
 from ..interop.huggingface.misfit import Misfit
-from ..interop.megatron.groups import ACTIVATIONS
+from ..interop.megatron.groups import ACTIVATIONS, activation_fields, shape_fields
 from ..interop.megatron.positions import write_positions
 from ..models.config import ModelConfig, check_tensor_parallel
 from .layer import check_experts
@@ -73,19 +73,10 @@ def transformer_config(
     _check_model(plan)
     _check_layout(plan, layout, virtual_stages)
     dtype = _PRECISIONS[precision]
-    names = ("activation_func", "gated_linear_unit", "activation_func_clamp_value", "glu_linear_offset")
-    activation = dict(zip(names, ACTIVATIONS[config.activation]))
+    activation = activation_fields(config.activation)
     activation["activation_func"] = _FUNCTIONS[activation["activation_func"]]
     fields: dict[str, Any] = {
-        "num_layers": config.layers,
-        "hidden_size": config.width,
-        "num_attention_heads": config.heads,
-        "num_query_groups": config.num_kv_heads,
-        "kv_channels": config.head_size,
-        "ffn_hidden_size": config.ffn_width or config.expert_width,
-        "normalization": "RMSNorm",
-        "layernorm_epsilon": config.norm_eps,
-        "qk_layernorm": config.qk_norm == "head",
+        **shape_fields(config),
         "add_qkv_bias": config.attention_bias,
         "add_bias_linear": config.attention_output_bias,
         **activation,

@@ -55,7 +55,7 @@ def describe_environment(device: torch.device, world: int) -> dict[str, Any]:
         "command": without_secrets(sys.argv),
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "packages": {name: version for name in PACKAGES if (version := _version(name))}
+        "packages": {name: version for name in PACKAGES if (version := package_version(name))}
         | {"torch": torch.__version__},  # it alone says which CUDA the build is for
         "device": device_name(device),
         "processes": world,
@@ -146,7 +146,8 @@ def _revision_of_code() -> dict[str, Any] | None:
     return git_revision(root) if (root / ".git").exists() else None
 
 
-def _version(name: str) -> str | None:
+def package_version(name: str) -> str | None:
+    """Of an installed distribution; None if it is not installed."""
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:

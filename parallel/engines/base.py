@@ -10,11 +10,24 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from ...kernels.errors import ConfigError
 from ..checkpoint.lazy import LazyTensor
 from ..layout import ResolvedLayout
 from ..stages import PipelineSchedule
 
 PRECISIONS = ("fp32", "bf16")
+
+
+def check_precision(precision: str) -> None:
+    """Raises: ConfigError for one that is not of `PRECISIONS`."""
+    if precision not in PRECISIONS:
+        raise ConfigError(f"trainer.precision={precision!r} is unknown, allowed: {', '.join(PRECISIONS)}")
+
+
+def check_not_compiled(compile: bool, engine: str) -> None:
+    """Raises: ConfigError if blocks are to be compiled, for an engine that cannot."""
+    if compile:
+        raise ConfigError(f"trainer.compile=true with engine={engine}, allowed: trainer.compile=false, or engine=torch")
 
 
 @dataclass(frozen=True)

@@ -75,16 +75,29 @@ def clip_gradients(
     for parameter in parameters:
         if parameter.grad is not None:
             by_copies.setdefault(meshes.layout.stage // parts(parameter), []).append(local_part(parameter.grad))
+    return clip_copies(by_copies, max_norm, device)
+
+
+@torch.no_grad()
+def clip_copies(by_copies: Mapping[int, Sequence[Tensor]], max_norm: float | None, device: torch.device) -> Tensor:
+    """`clip_gradients` of what this rank holds of gradients, by on how many ranks the same elements are."""
     square = torch.zeros((), dtype=torch.float64, device=device)
     for copies, gradients in by_copies.items():
         square += get_total_norm(gradients).to(device).double().square() / copies
     norm = sum_over_ranks(square).sqrt().float()
     if max_norm is not None:
-        # A norm that is not finite would spoil every gradient; left alone, they show where it came from.
-        factor = torch.where(norm.isfinite(), (max_norm / (norm + 1e-6)).clamp(max=1.0), 1.0)
+        factor = clip_factor(norm, max_norm)
         for gradients in by_copies.values():
             torch._foreach_mul_(gradients, factor)  # type: ignore[reportPrivateImportUsage]
     return norm
+
+
+def clip_factor(norm: Tensor, max_norm: float) -> Tensor:
+    """() by which gradients of this norm are scaled: at most 1.
+
+    A norm that is not finite would spoil every gradient; left alone, they show where it came from.
+    """
+    return torch.where(norm.isfinite(), (max_norm / (norm + 1e-6)).clamp(max=1.0), 1.0)
 
 
 @torch.no_grad()
@@ -101,9 +114,10 @@ def gradient_norms(parts_of_model: Sequence[nn.Module], meshes: Meshes, device: 
         if meshes.stage_group is not None:
             dist.all_reduce(squares, group=meshes.stage_group)
         own.append(dict(zip(found, squares.sqrt().tolist())))
-    if meshes.pp is None:
-        stages = [own]
-    else:
-        stages = [own] * meshes.layout.pp
-        dist.all_gather_object(stages, own, group=meshes.pp.get_group())
+    return gather_norms(own, meshes)
+
+
+def gather_norms(own: list[dict[str, float]], meshes: Meshes) -> dict[str, float]:
+    """Norms by name of all pipeline stages, in the order of the forward pass, from those of each part of this rank."""
+    stages = meshes.gather_over_stages(own)
     return {name: norm for part in zip(*stages) for stage in part for name, norm in stage.items()}

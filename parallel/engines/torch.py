@@ -19,7 +19,7 @@ from ..meshes import ALONE, Meshes
 from ..plan import ShardingPlan, cut_parameters, is_meta
 from ..process import Process
 from ..stages import PipelineSchedule
-from .base import PRECISIONS, Job
+from .base import Job, check_precision
 from .gradients import GradientSums, Groups
 from .sharding import gradient_groups, places, shard
 from .training import Runner, Sequential, TorchTraining, autocasting
@@ -109,8 +109,7 @@ class TorchEngine:
 
         Raises: ConfigError for an unknown precision or compiler.
         """
-        if precision not in PRECISIONS:
-            raise ConfigError(f"trainer.precision={precision!r} is unknown, allowed: {', '.join(PRECISIONS)}")
+        check_precision(precision)
         parts, plan = [model] if isinstance(model, nn.Module) else list(model), plan or ShardingPlan()
         if deterministic:
             _refuse_nondeterminism()

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
@@ -97,7 +96,7 @@ class TorchTraining:
     def load(self, path: Path) -> None:
         self._reshard()
         own = model_state(*self.parts)
-        elsewhere = self._names_elsewhere(own)
+        elsewhere = self.meshes.names_elsewhere(own)
 
         def look() -> bool:
             check_whole(path)
@@ -109,19 +108,19 @@ class TorchTraining:
             return load(path, own, elsewhere=elsewhere)
         with self._optimizer_state() as remembered:
             state = {**own, **remembered}
-            load(path, state, elsewhere=self._names_elsewhere(state))
+            load(path, state, elsewhere=self.meshes.names_elsewhere(state))
         restore_numbers(self.optimizer, state, *self.parts)
 
     def load_weights(self, tensors: Mapping[str, LazyTensor], source: Path) -> None:
         self._reshard()
         own = {name.removeprefix(MODEL): tensor for name, tensor in model_state(*self.parts).items()}
-        fill(own, tensors, source, self._names_elsewhere(own))
+        fill(own, tensors, source, self.meshes.names_elsewhere(own))
 
     def load_optimizer(self, tensors: Mapping[str, LazyTensor], source: Path) -> None:
         self._reshard()
         with self._optimizer_state() as state:
             own = {name.removeprefix(OPTIMIZER): tensor for name, tensor in state.items()}
-            fill(own, tensors, source, self._names_elsewhere(own))
+            fill(own, tensors, source, self.meshes.names_elsewhere(own))
         restore_numbers(self.optimizer, state, *self.parts)
 
     @contextlib.contextmanager
@@ -136,14 +135,6 @@ class TorchTraining:
             if created:
                 self.optimizer.state.clear()
             raise
-
-    def _names_elsewhere(self, state: Mapping[str, Tensor]) -> frozenset[str]:
-        """Names of the tensors of the other pipeline stages. Every rank must call it."""
-        if self.meshes.pp is None:
-            return frozenset()
-        stages: list[list[str]] = [[]] * self.meshes.layout.pp
-        dist.all_gather_object(stages, list(state), group=self.meshes.pp.get_group())
-        return frozenset(name for stage in stages for name in stage if name not in state)
 
     def _reshard(self) -> None:
         """Free parameters that a forward pass left gathered, so that names lead to shards."""

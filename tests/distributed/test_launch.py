@@ -20,28 +20,6 @@ ENVIRONMENT = {name: value for name, value in os.environ.items() if name not in 
 SCATTERFOLD = [sys.executable, "-m", "scatterfold.tools.cli"]
 
 
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    """Overrides of a run that takes a second."""
-    folder = tmp_path_factory.mktemp("corpus")
-    for number in range(20):
-        (folder / f"{number:02d}.txt").write_text(" ".join(f"word{(number * 7 + i * i) % 13}" for i in range(120)))
-    return [
-        *(
-            "model=tiny",
-            "model.layers=1",
-            "model.width=16",
-            "model.heads=2",
-            "model.kv_heads=1",
-            "model.head_width=null",
-        ),
-        *("model.ffn_width=16", "model.expert_width=16", "model.num_experts=4", f"data.path={folder}"),
-        *(f"data.cache_dir={folder.parent / 'cache'}", "data.sequence_length=32", "data.global_batch_size=4"),
-        *("trainer.steps=3", "trainer.eval_every=0", "trainer.checkpoint_every=0", "trainer.report=false"),
-        *("trainer.device=cpu", "schedule.warmup_steps=1"),
-    ]
-
-
 def run(folder, *words, timeout=150, **variables):
     return subprocess.run(
         [*map(str, words)],

@@ -47,18 +47,8 @@ class Fault(Constant):
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    """Overrides of a run that takes a second."""
-    folder = tmp_path_factory.mktemp("corpus")
-    for number in range(20):
-        (folder / f"{number:02d}.txt").write_text(" ".join(f"word{(number * 7 + i * i) % 13}" for i in range(120)))
-    return [
-        *("model=tiny", "model.layers=1", "model.width=16", "model.heads=2", "model.kv_heads=1"),
-        *("model.head_width=null", "model.ffn_width=16", "model.expert_width=16", "model.num_experts=4"),
-        *(f"data.path={folder}", f"data.cache_dir={folder.parent / 'cache'}", "data.sequence_length=32"),
-        *("data.global_batch_size=4", f"trainer.steps={STEPS}", "trainer.eval_every=0", "trainer.report=false"),
-        *("trainer.device=cpu", "schedule=constant", "schedule.warmup_steps=1"),
-    ]
+def tiny(tiny):
+    return [*tiny, f"trainer.steps={STEPS}", "schedule=constant"]
 
 
 @pytest.fixture

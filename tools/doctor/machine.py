@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 import platform
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ...moe.training.environment import device_name, driver_version, nccl_version
+from ...moe.training.environment import device_name, driver_version, nccl_version, package_version
 from .clocks import describe_clocks
 from .links import describe_links
 from .storage import describe_storage
@@ -34,7 +33,8 @@ def describe_machine(run_dir: Path, disk_megabytes: int) -> dict[str, Any]:
         disk_megabytes: how much to write and read for the speed of disks; 0 for none.
     """
     return {
-        "versions": {"python": platform.python_version(), "torch": torch.__version__} | _versions(),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__}
+        | {name: package_version(name) for name in PACKAGES},
         "cpu": {
             "name": device_name(torch.device("cpu")),
             "cores": os.cpu_count(),
@@ -48,16 +48,6 @@ def describe_machine(run_dir: Path, disk_megabytes: int) -> dict[str, Any]:
         "clocks": describe_clocks(),
         **describe_storage(run_dir, disk_megabytes),
     }
-
-
-def _versions() -> dict[str, str | None]:
-    versions: dict[str, str | None] = {}
-    for name in PACKAGES:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            versions[name] = None
-    return versions
 
 
 def _gpu(number: int) -> dict[str, Any]:

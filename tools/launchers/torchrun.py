@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...kernels.errors import ConfigError
+from ...parallel.environment_variables import environment_variables
 from .. import rank_report
 from ..run_folder import VARIABLE
 from .machines import parse_endpoint, parse_nodes, parse_rendezvous
@@ -211,17 +212,14 @@ class _Group:
         given = {VARIABLE: str(self.folder), rank_report.FOLDER: str(self.meeting)}
         # Ranks that are started again must not find the addresses of those that died, so they meet at a new store.
         given["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
-        before = {name: os.environ.get(name) for name in given}
-        os.environ.update(given)
         disabled = logging.root.manager.disable
         if not os.environ.get("SCATTERFOLD_DEBUG"):
             logging.disable(logging.CRITICAL)
         try:
-            yield
+            with environment_variables(given):
+                yield
         finally:
             logging.disable(disabled)
-            for name, value in before.items():
-                os.environ.pop(name, None) if value is None else os.environ.__setitem__(name, value)
 
     @contextmanager
     def _signals(self) -> Iterator[None]:

@@ -22,6 +22,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING
 
 from ...kernels.errors import ConfigError
+from ...parallel.environment_variables import environment_variables
 from .. import rank_report
 from ..errors import describe, report
 from ..run_folder import VARIABLE
@@ -110,7 +111,8 @@ class Sweep:
         request = replace(self.session.request, overrides=trial.overrides, multirun=False)
         result_file, message = folder / "result.json", None
         start = time.monotonic()
-        with _environment({RESULT: str(result_file.absolute()), **self._names(trial, Path(str(hydra.sweep.dir)))}):
+        names = self._names(trial, Path(str(hydra.sweep.dir)))
+        with environment_variables({RESULT: str(result_file.absolute()), **names}):
             try:
                 code = run({**checked(self.session.resolve(config), request), "run_dir": str(folder)}, request)
             except Exception as error:
@@ -174,9 +176,8 @@ class Sweep:
         self.announce(sweep_folder)
         placed = self.place(jobs, config, loader, seeds)
         slots: Queue[dict[str, str]] = Queue()
-        elsewhere = all(
-            "launcher=slurm" in job.overrides for job in jobs
-        )  # a job has its own machine, not a share of ours
+        # A SLURM job has its own machine, not a share of ours.
+        elsewhere = all("launcher=slurm" in job.overrides for job in jobs)
         for share in [{}] * parallel if elsewhere else shares(parallel):
             slots.put(share)
         with ThreadPoolExecutor(parallel) as pool:
@@ -342,23 +343,12 @@ def mean_or_none(losses: Sequence[float | None]) -> float | None:
     return fmean(known) if known and len(known) == len(losses) else None
 
 
-@contextmanager
-def _environment(values: Mapping[str, str]) -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name, None) if value is None else os.environ.__setitem__(name, value)
-
-
 def _plugins_for_children():
     """Let processes that a launcher of Hydra's starts (submitit) find our plugin when they unpickle their job."""
     from ..composition import PLUGINS
 
     before = os.environ.get("PYTHONPATH")
-    return _environment({"PYTHONPATH": os.pathsep.join([*([before] if before else []), str(PLUGINS)])})
+    return environment_variables({"PYTHONPATH": os.pathsep.join([*([before] if before else []), str(PLUGINS)])})
 
 
 def _tolerates(sweeper: DictConfig) -> bool:

@@ -89,15 +89,7 @@ def write_fields(plan: ModelPlan) -> dict[str, Any]:
     if config.qk_norm == "projection":
         raise Misfit(NAME, "model.qk_norm", config.qk_norm, "none, head")
     fields: dict[str, Any] = {
-        "num_layers": config.layers,
-        "hidden_size": config.width,
-        "num_attention_heads": config.heads,
-        "num_query_groups": config.num_kv_heads,
-        "kv_channels": config.head_size,
-        "ffn_hidden_size": config.ffn_width or config.expert_width,
-        "normalization": "RMSNorm",
-        "layernorm_epsilon": config.norm_eps,
-        "qk_layernorm": config.qk_norm == "head",
+        **shape_fields(config),
         "softmax_type": "learnable" if config.attention_sinks else "vanilla",
         "vocab_size": config.vocab_size,
         "share_embeddings_and_output_weights": config.tie_embeddings,
@@ -108,8 +100,28 @@ def write_fields(plan: ModelPlan) -> dict[str, Any]:
     activation = settings["activation"]
     if plan.is_moe and activation != config.activation and _has_dense(plan):
         raise Misfit(NAME, "experts.activation", activation, f"model.activation={config.activation}")
+    return {**fields, **_write_biases(plan, settings["bias"]), **activation_fields(activation)}
+
+
+def shape_fields(config: ModelConfig) -> dict[str, Any]:
+    """Sizes and norms of a model, as the fields of TransformerConfig that say them."""
+    return {
+        "num_layers": config.layers,
+        "hidden_size": config.width,
+        "num_attention_heads": config.heads,
+        "num_query_groups": config.num_kv_heads,
+        "kv_channels": config.head_size,
+        "ffn_hidden_size": config.ffn_width or config.expert_width,
+        "normalization": "RMSNorm",
+        "layernorm_epsilon": config.norm_eps,
+        "qk_layernorm": config.qk_norm == "head",
+    }
+
+
+def activation_fields(activation: str) -> dict[str, Any]:
+    """One of `ACTIVATIONS`, its function by name."""
     names = ("activation_func", "gated_linear_unit", "activation_func_clamp_value", "glu_linear_offset")
-    return {**fields, **_write_biases(plan, settings["bias"]), **dict(zip(names, ACTIVATIONS[activation]))}
+    return dict(zip(names, ACTIVATIONS[activation]))
 
 
 def _read_activation(fields: ConfigJson) -> str:

@@ -17,7 +17,7 @@ from ...meshes import ALONE, Meshes
 from ...plan import ShardingPlan, cut_parameters, is_meta
 from ...process import Process
 from ...stages import PipelineSchedule
-from ..base import PRECISIONS, Job
+from ..base import Job, check_not_compiled, check_precision
 from . import library
 from .experts import Cut, localise, mark_experts, split_groups
 from .native import experts_as_its_own
@@ -98,8 +98,7 @@ class DeepSpeedEngine:
                 f"layout.ep={layout.ep} with engine=deepspeed and engine.zero_stage=3, which cuts all parameters over "
                 f"the same ranks, allowed: engine.zero_stage=0, 1 or 2, {_TORCH}"
             )
-        if job.compile:
-            raise ConfigError(f"trainer.compile=true with engine=deepspeed, allowed: trainer.compile=false, {_TORCH}")
+        check_not_compiled(job.compile, "deepspeed")
         if self.offload.uses_disk and not job.on_gpu:
             raise ConfigError(
                 "engine.offload_optimizer or engine.offload_parameters=nvme needs a GPU (it has not been run on CPUs), "
@@ -128,10 +127,8 @@ class DeepSpeedEngine:
 
         Raises: ConfigError for an unknown precision, a missing library, or a model that has nothing to learn.
         """
-        if precision not in PRECISIONS:
-            raise ConfigError(f"trainer.precision={precision!r} is unknown, allowed: {', '.join(PRECISIONS)}")
-        if compile:
-            raise ConfigError(f"trainer.compile=true with engine=deepspeed, allowed: trainer.compile=false, {_TORCH}")
+        check_precision(precision)
+        check_not_compiled(compile, "deepspeed")
         deepspeed = library.load(process)
         if self.offload.uses_disk:
             library.check_disk()

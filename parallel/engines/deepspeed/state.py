@@ -29,9 +29,8 @@ from ...checkpoint.state import (
 from ...meshes import Meshes
 from ...process import together
 from ...shards import local_range
+from ..whole_state import Stored
 from .experts import Cut, is_expert
-
-Stored = Mapping[str, LazyTensor]
 
 
 class CopiedState:

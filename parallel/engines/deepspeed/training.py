@@ -13,17 +13,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ...checkpoint.distributed import open_checkpoint
-from ...checkpoint.lazy import LazyTensor
-from ...checkpoint.read import check_sums, check_whole
-from ...checkpoint.state import MODEL, OPTIMIZER
 from ...meshes import Meshes
-from ...process import place, together
+from ..gradients import clip_factor
+from ..whole_state import WithWholeState
 from .experts import Cut, is_expert
 from .state import make_state
 
 
-class DeepSpeedTraining:
+class DeepSpeedTraining(WithWholeState):
     """The `Engine` that `DeepSpeedEngine.prepare` returns; see `base.Engine` for what its methods promise.
 
     Scale. DeepSpeed averages gradients over all data ranks, those of experts too, over however few ranks it sums them
@@ -101,7 +98,7 @@ class DeepSpeedTraining:
             return self._clip_copies(max_norm)
         self._zero.clip_grad = max_norm or 0.0
         norm = self._averaged_norm().float() * self._ranks
-        self._clipped_by = _clip_factor(norm, max_norm)
+        self._clipped_by = torch.ones_like(norm) if max_norm is None else clip_factor(norm, max_norm)
         return norm
 
     def _averaged_norm(self) -> Tensor:
@@ -118,7 +115,7 @@ class DeepSpeedTraining:
         gradients = [p.grad for p in self._trained() if p.grad is not None]
         norm = self._norm([(is_expert(p), p.grad) for p in self._trained() if p.grad is not None]).float()
         if max_norm is not None:
-            torch._foreach_mul_(gradients, _clip_factor(norm, max_norm))  # type: ignore[reportPrivateImportUsage]
+            torch._foreach_mul_(gradients, clip_factor(norm, max_norm))  # type: ignore[reportPrivateImportUsage]
         return norm
 
     def _norm(self, gradients: Sequence[tuple[bool, Tensor]]) -> Tensor:
@@ -176,9 +173,6 @@ class DeepSpeedTraining:
             for gradients in (zero.averaged_gradients, zero.all_grad_tensors):  # in place: parameters refer to them
                 gradients.update(dict.fromkeys(gradients))
 
-    def state_dict(self) -> dict[str, Tensor]:
-        return self._state.collect()
-
     def save_beside(self, checkpoints: Path, step: int) -> None:
         """DeepSpeed's goes to the folder `deepspeed` beside ours, and is kept as long as ours of that step."""
         if not self._native:
@@ -189,29 +183,3 @@ class DeepSpeedTraining:
             for tag in folder.glob("step-*"):
                 if tag.name != own and not (checkpoints / tag.name).exists():  # ours of this step may be on its way
                     shutil.rmtree(tag, ignore_errors=True)
-
-    def load(self, path: Path) -> None:
-        path = Path(path)
-        together(lambda: check_sums(path, check_whole(path)["files"], *place()))
-        model, remembered = (
-            together(lambda kind=kind: open_checkpoint(path, kind, checked=False)) for kind in (MODEL, OPTIMIZER)
-        )
-        self._state.check(model, remembered, path)
-        self._state.fill_model(model, path)
-        if remembered:
-            self._state.fill_optimizer(remembered, path)
-        else:  # written before the first step
-            self._state.forget_optimizer()
-
-    def load_weights(self, tensors: Mapping[str, LazyTensor], source: Path) -> None:
-        self._state.fill_model(tensors, source)
-
-    def load_optimizer(self, tensors: Mapping[str, LazyTensor], source: Path) -> None:
-        self._state.fill_optimizer(tensors, source)
-
-
-def _clip_factor(norm: Tensor, max_norm: float | None) -> Tensor:
-    """() by which gradients of this norm are scaled: 1 unless they are finite and longer than `max_norm`."""
-    if max_norm is None:
-        return torch.ones_like(norm)
-    return torch.where(norm.isfinite(), (max_norm / (norm + 1e-6)).clamp(max=1.0), 1.0)

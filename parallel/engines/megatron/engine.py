@@ -16,7 +16,7 @@ from ...meshes import ALONE, Meshes
 from ...plan import ShardingPlan
 from ...process import Process
 from ...stages import PipelineSchedule
-from ..base import PRECISIONS, Job
+from ..base import Job, check_not_compiled, check_precision
 from . import library
 from .optimizer import make_optimizers
 from .part import MegatronPart
@@ -79,8 +79,7 @@ class MegatronCoreEngine:
                 f"layout.dp_shard={layout.dp_shard} with engine=megatron, whose distributed optimizer cuts over all "
                 f"data ranks anyway, allowed: layout.dp_shard=1, {_TORCH}"
             )
-        if job.compile:
-            raise ConfigError(f"trainer.compile=true with engine=megatron, allowed: trainer.compile=false, {_TORCH}")
+        check_not_compiled(job.compile, "megatron")
         if self.native_checkpoints and find_spec("psutil") is None:
             raise ConfigError(
                 "engine.native_checkpoints=true needs psutil, with which Megatron writes and which is not installed, "
@@ -114,10 +113,8 @@ class MegatronCoreEngine:
         """
         from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 
-        if precision not in PRECISIONS:
-            raise ConfigError(f"trainer.precision={precision!r} is unknown, allowed: {', '.join(PRECISIONS)}")
-        if compile:
-            raise ConfigError(f"trainer.compile=true with engine=megatron, allowed: trainer.compile=false, {_TORCH}")
+        check_precision(precision)
+        check_not_compiled(compile, "megatron")
         # Its slices of float32 parameters are views, whose gradients torch thinks nobody meant to read.
         warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf")
         parts: Sequence[MegatronPart] = list(model) if isinstance(model, Sequence) else [model]

@@ -23,10 +23,10 @@ from ...checkpoint.read import check_shapes
 from ...checkpoint.state import MODEL, OPTIMIZER
 from ...meshes import Meshes
 from ...process import together
+from ..whole_state import Stored
 from .optimizer import create_state, is_expert
 from .part import LocalPart, MegatronPart
 
-Stored = Mapping[str, LazyTensor]
 MOMENTS = ("exp_avg", "exp_avg_sq")
 STEP = "step"
 
@@ -167,21 +167,13 @@ class MegatronState:
 
     def _check(self, source: Path, tensors: Stored, shapes: Mapping[str, torch.Size]) -> None:
         own = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
-        elsewhere = self._names_elsewhere(shapes)
+        elsewhere = self.meshes.names_elsewhere(shapes)
         found = {name: tensor.shape for name, tensor in tensors.items()}
         together(lambda: check_shapes(source, found, own, elsewhere))
 
     def _memory_shapes(self) -> dict[str, torch.Size]:
         shapes = {f"{name}.{key}": shape for name, shape in self.trained.items() for key in MOMENTS}
         return {**shapes, **{f"{name}.{STEP}": torch.Size() for name in self.trained}}
-
-    def _names_elsewhere(self, own: Mapping[str, Any]) -> frozenset[str]:
-        """Names of the tensors of the other pipeline stages. Every rank must call it."""
-        if self.meshes.pp is None:
-            return frozenset()
-        stages: list[list[str]] = [[]] * self.meshes.layout.pp
-        dist.all_gather_object(stages, list(own), group=self.meshes.pp.get_group())
-        return frozenset(name for stage in stages for name in stage if name not in own)
 
     @torch.no_grad()
     def fill_model(self, tensors: Stored, source: Path) -> None:

@@ -10,21 +10,17 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.utils import get_total_norm
 
-from ...checkpoint.distributed import open_checkpoint
-from ...checkpoint.lazy import LazyTensor
-from ...checkpoint.read import check_sums, check_whole
-from ...checkpoint.state import MODEL, OPTIMIZER
 from ...meshes import Meshes
-from ...process import place, sum_over_ranks, together
+from ..gradients import clip_copies, gather_norms
+from ..whole_state import WithWholeState
 from . import library
 from .native import save_native
 from .part import MegatronPart, as_module
 from .state import MegatronState
 
 
-class MegatronTraining:
+class MegatronTraining(WithWholeState):
     """The `Engine` that `MegatronCoreEngine.prepare` returns; see `base.Engine` for what its methods promise.
 
     Scale. The parts' configuration says `calculate_per_token_loss`, with which Megatron's DDP sums gradients over data
@@ -40,6 +36,8 @@ class MegatronTraining:
         optimizers: Megatron's, as `make_optimizers` chains them.
         native: write Megatron's distributed checkpoints too.
     """
+
+    _state: MegatronState
 
     def __init__(
         self,
@@ -119,17 +117,7 @@ class MegatronTraining:
 
     @torch.no_grad()
     def clip(self, max_norm: float | None) -> Tensor:
-        gradients = self._gradients()
-        square = torch.zeros((), dtype=torch.float64, device=self._device)
-        for copies, own in gradients.items():
-            square += get_total_norm(own).to(self._device).double().square() / copies
-        norm = sum_over_ranks(square).sqrt().float()
-        if max_norm is not None:
-            # A norm that is not finite would spoil every gradient; left alone, they show where it came from.
-            factor = torch.where(norm.isfinite(), (max_norm / (norm + 1e-6)).clamp(max=1.0), 1.0)
-            for own in gradients.values():
-                torch._foreach_mul_(own, factor)  # type: ignore[reportPrivateImportUsage]
-        return norm
+        return clip_copies(self._gradients(), max_norm, self._device)
 
     def _gradients(self) -> dict[int, list[Tensor]]:
         """The gradients that this rank's optimizers use, by on how many ranks the same elements are."""
@@ -164,11 +152,7 @@ class MegatronTraining:
                 squares = squares.to(self._device)
                 dist.all_reduce(squares, group=self.meshes.stage_group)
             own.append(dict(zip(found, squares.sqrt().tolist())))
-        everyone = [own]
-        if self.meshes.pp is not None:
-            everyone = [own] * layout.pp
-            dist.all_gather_object(everyone, own, group=self.meshes.pp.get_group())
-        return {name: norm for lap in zip(*everyone) for stage in lap for name, norm in stage.items()}
+        return gather_norms(own, self.meshes)
 
     def step(self) -> None:
         self._make_ready()
@@ -180,9 +164,6 @@ class MegatronTraining:
         self.optimizer.zero_grad(set_to_none=True)
         self._are_ready = False
 
-    def state_dict(self) -> dict[str, Tensor]:
-        return self._state.collect()
-
     def save_beside(self, checkpoints: Path, step: int) -> None:
         """Megatron's goes to the folder `megatron` beside ours, and is kept as long as ours of that step."""
         if self._native:
@@ -191,25 +172,6 @@ class MegatronTraining:
     def reset_parameters(self, seed: int) -> None:
         """Initial values again, also where parameters are rounded."""
         self._state.reset_parameters(seed)
-
-    def load(self, path: Path) -> None:
-        path = Path(path)
-        together(lambda: check_sums(path, check_whole(path)["files"], *place()))
-        model, remembered = (
-            together(lambda kind=kind: open_checkpoint(path, kind, checked=False)) for kind in (MODEL, OPTIMIZER)
-        )
-        self._state.check(model, remembered, path)
-        self._state.fill_model(model, path)
-        if remembered:
-            self._state.fill_optimizer(remembered, path)
-        else:  # written before the first step
-            self._state.forget_optimizer()
-
-    def load_weights(self, tensors: Mapping[str, LazyTensor], source: Path) -> None:
-        self._state.fill_model(tensors, source)
-
-    def load_optimizer(self, tensors: Mapping[str, LazyTensor], source: Path) -> None:
-        self._state.fill_optimizer(tensors, source)
 
 
 def _forward(scale: float, batches: Iterator[Mapping[str, Any]], chunk: Any) -> tuple[Tensor, Any]:

@@ -9,13 +9,12 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib import metadata
 from typing import TYPE_CHECKING
 
 import torch
 
 from ....kernels import ConfigError
-from ....moe.training.environment import device_name
+from ....moe.training.environment import device_name, package_version
 from ...close_match import did_you_mean
 from ...files import check_target
 from .case import DTYPES, make_case
@@ -96,11 +95,7 @@ def _keep(settings: Kernels, measured: Run) -> None:
 
 def _conditions(settings: Kernels, device: torch.device) -> Conditions:
     versions = {"python": sys.version.split()[0]}
-    for name in PACKAGES:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
+    versions |= {name: version for name in PACKAGES if (version := package_version(name))}
     versions["torch"] = torch.__version__  # it alone says which CUDA the build is for
     return Conditions(
         device=device_name(device),
