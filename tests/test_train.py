@@ -5,7 +5,6 @@ import math
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -113,9 +112,13 @@ print("result", result.completed, result.step)
 """
 
 
-def run_in_a_process(config, run_dir, action="none"):
-    arguments = [sys.executable, "-c", RUN, json.dumps(config), str(run_dir), action]
-    return subprocess.run(arguments, capture_output=True, text=True, timeout=120)
+@pytest.fixture(scope="session")
+def run_in_a_process(warm_python):
+    def run(config, run_dir, action="none"):
+        arguments = [warm_python, "-c", RUN, json.dumps(config), str(run_dir), action]
+        return subprocess.run(arguments, capture_output=True, text=True, timeout=120)
+
+    return run
 
 
 @pytest.fixture(scope="module")
@@ -186,7 +189,7 @@ def test_a_run_writes_everything_and_says_how_it_went(make, tmp_path, capsys):
         assert name in out
 
 
-def test_a_killed_run_goes_on_to_the_very_same_bits(make, tmp_path, finished):
+def test_a_killed_run_goes_on_to_the_very_same_bits(run_in_a_process, make, tmp_path, finished):
     config, run_dir = make(), tmp_path / "run"
     killed = run_in_a_process(config, run_dir, "SIGKILL")
     assert killed.returncode == -signal.SIGKILL
@@ -199,7 +202,7 @@ def test_a_killed_run_goes_on_to_the_very_same_bits(make, tmp_path, finished):
     assert max(Counter((line["step"], line.get("valid_tokens")) for line in metrics(run_dir)).values()) == 1
 
 
-def test_a_run_that_was_told_to_stop_saves_leaves_with_0_and_goes_on(make, tmp_path, finished):
+def test_a_run_that_was_told_to_stop_saves_leaves_with_0_and_goes_on(run_in_a_process, make, tmp_path, finished):
     config, run_dir = make(), tmp_path / "run"
     stopped = run_in_a_process(config, run_dir, "SIGTERM")
     assert stopped.returncode == 0, stopped.stderr

@@ -5,11 +5,8 @@ import json
 import math
 import os
 import random
-import select
-import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -42,50 +39,6 @@ def rank_environment(rank: int, world: int, port: int) -> dict[str, str]:
     }
 
 
-# Imports what ranks need once and forks them: imports would take most of a rank's time. One line of JSON is one job.
-NURSERY = """
-import json, os, runpy, sys, traceback
-
-import torch
-import torch.distributed.fsdp, torch.distributed.tensor.parallel
-import scatterfold.moe.training.run
-
-torch.set_num_threads(1)
-
-def live(job, rank):
-    os.environ.clear()
-    os.environ.update(job["environments"][rank])
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    for stream, file in ((1, job["out"][rank]), (2, job["err"][rank])):
-        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
-    sys.argv = job["argv"]
-    sys.path.insert(0, os.path.dirname(sys.argv[0]))
-    try:
-        runpy.run_path(sys.argv[0], run_name="__main__")
-        return 0
-    except SystemExit as end:
-        return end.code if isinstance(end.code, int) else int(end.code is not None)
-    except BaseException:
-        traceback.print_exc()
-        return 1
-
-for line in sys.stdin:
-    job, ranks = json.loads(line), {}
-    for rank in range(len(job["out"])):
-        child = os.fork()
-        if child == 0:
-            code = live(job, rank)
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code)
-        ranks[child] = rank
-    print(json.dumps(list(ranks)), flush=True)
-    for _ in list(ranks):
-        child, status = os.wait()
-        print(json.dumps([ranks[child], os.waitstatus_to_exitcode(status)]), flush=True)
-"""
-
-
 @dataclass(frozen=True)
 class Ended:
     """How a rank ended: its exit code, None if it had to be killed, and what it printed."""
@@ -96,22 +49,7 @@ class Ended:
 
 
 @pytest.fixture(scope="session")
-def nursery():
-    """The process that forks ranks, for all modules that this worker runs."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", NURSERY],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        bufsize=0,  # a line is read when it is waited for, and no further
-    )
-    yield process
-    process.stdin.close()
-    process.wait(timeout=30)
-
-
-@pytest.fixture(scope="session")
-def start_ranks(nursery, tmp_path_factory) -> Callable[..., list[Ended]]:
+def start_ranks(warm_python, tmp_path_factory) -> Callable[..., list[Ended]]:
     """`start_ranks(world, file, function, *arguments) -> [Ended, …]`: call a function of a test file in every rank.
 
     The file ends with `if __name__ == "__main__": globals()[sys.argv[1]](*sys.argv[2:])`. Ranks that take longer than
@@ -127,33 +65,37 @@ def start_ranks(nursery, tmp_path_factory) -> Callable[..., list[Ended]]:
         grace: float = math.inf,
     ) -> list[Ended]:
         folder, port = tmp_path_factory.mktemp("ranks"), free_port()
+        command = [warm_python, str(file), function, *map(str, arguments)]
         out, err = ([folder / f"{rank}.{stream}" for rank in range(world)] for stream in ("out", "err"))
-        job = {
-            "argv": [str(file), function, *map(str, arguments)],
-            "environments": [rank_environment(rank, world, port) for rank in range(world)],
-            "out": [str(path) for path in out],
-            "err": [str(path) for path in err],
-        }
-        nursery.stdin.write(json.dumps(job).encode() + b"\n")
-        children = json.loads(nursery.stdout.readline())
-        deadline, codes = time.monotonic() + timeout, {}
-        while len(codes) < world:
-            if select.select([nursery.stdout], [], [], max(0.0, deadline - time.monotonic()))[0]:
-                rank, code = json.loads(nursery.stdout.readline())
-                codes.setdefault(rank, code)
-                if rank == 0:
-                    deadline = min(deadline, time.monotonic() + grace)
-                continue
-            late = [rank for rank in range(world) if rank not in codes]
-            for rank in late:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(children[rank], signal.SIGKILL)
-                codes[rank] = None
-            for _ in late:
-                nursery.stdout.readline()
+        ranks = []
+        for rank in range(world):
+            environment = rank_environment(rank, world, port)
+            with open(out[rank], "w") as stdout, open(err[rank], "w") as stderr:
+                ranks.append(
+                    subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr)
+                )
+        codes = wait(ranks, timeout, grace)
         return [Ended(codes[rank], out[rank].read_text(), err[rank].read_text()) for rank in range(world)]
 
     return start
+
+
+def wait(ranks: list[subprocess.Popen], timeout: float, grace: float) -> list[int | None]:
+    """Exit codes of ranks, None of those that took too long and were killed."""
+    deadline = time.monotonic() + timeout
+    try:
+        ranks[0].wait(timeout)
+        deadline = min(deadline, time.monotonic() + grace)
+        for rank in ranks:
+            rank.wait(max(0.0, deadline - time.monotonic()))
+    except subprocess.TimeoutExpired:
+        pass
+    codes = [rank.poll() for rank in ranks]
+    for rank in ranks:
+        if rank.poll() is None:
+            rank.kill()
+            rank.wait()
+    return codes
 
 
 @pytest.fixture(scope="session")

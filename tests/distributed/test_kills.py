@@ -2,7 +2,6 @@
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,7 @@ pytestmark = pytest.mark.distributed
 
 KILLS, RANKS = 20, 2
 
-# Imports everything once, then forks the ranks of each run: starting an interpreter twenty times would take minutes.
+# Forks the ranks of each run.
 WORKER = """
 import json, os, random, signal, sys, time
 from pathlib import Path
@@ -81,7 +80,7 @@ print(json.dumps({"kills": kills, "last": last}))
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory, choose_port):
+def runs(warm_python, tmp_path_factory, choose_port):
     """A run that nobody disturbed, one that was killed again and again, and the record of its kills."""
     folder = tmp_path_factory.mktemp("kills")
     (folder / "text.txt").write_text(" ".join(f"word{i * i % 97}" for i in range(6000)))
@@ -123,7 +122,7 @@ def runs(tmp_path_factory, choose_port):
         "killed": str(folder / "killed"),
     }
     (folder / "jobs.json").write_text(json.dumps(jobs))
-    command = [sys.executable, str(folder / "worker.py"), str(folder / "jobs.json")]
+    command = [warm_python, str(folder / "worker.py"), str(folder / "jobs.json")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, f"seed {jobs['seed']}: {done.stdout}{done.stderr[-3000:]}"
     return folder, json.loads(done.stdout.splitlines()[-1])

@@ -14,10 +14,11 @@ import pytest
 from scatterfold.tools.cli import main
 from scatterfold.tools.sweep.trial import DROPPED, FINISHED, Trial
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.usefixtures("warm")]
 
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
-SCATTERFOLD = [sys.executable, "-m", "scatterfold.tools.cli"]
+COLD_PYTHON = sys.executable
+SCATTERFOLD = ["-m", "scatterfold.tools.cli"]
 
 
 def run(folder, *words, timeout=150, **variables):
@@ -94,10 +95,10 @@ def stop_after_first_step(process, run_dir, number):
 
 
 @pytest.mark.parametrize(("number", "code", "ranks"), [(signal.SIGTERM, 0, 2), (signal.SIGINT, 130, 1)])
-def test_a_signal_reaches_the_ranks_which_save(tmp_path, tiny, number, code, ranks):
+def test_a_signal_reaches_the_ranks_which_save(warm_python, tmp_path, tiny, number, code, ranks):
     words = ["launch", "--nproc-per-node", str(ranks), "train", *tiny, "run_dir=run", "trainer.steps=100000"]
     process = subprocess.Popen(
-        [*SCATTERFOLD, *words],
+        [warm_python, *SCATTERFOLD, *words],
         cwd=tmp_path,
         env=ENVIRONMENT,
         stdout=subprocess.PIPE,
@@ -113,7 +114,7 @@ def test_a_signal_reaches_the_ranks_which_save(tmp_path, tiny, number, code, ran
 
 
 def test_torchrun_runs_the_module_in_one_folder(tmp_path, tiny):
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2]
+    torchrun = [COLD_PYTHON, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2]
     done = run(tmp_path, *torchrun, "-m", "scatterfold.tools.train", *tiny)
     assert done.returncode == 0, done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["runs"]

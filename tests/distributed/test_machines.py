@@ -4,7 +4,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -17,7 +16,6 @@ pytestmark = pytest.mark.distributed
 
 RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name not in RANKS} | {"OMP_NUM_THREADS": "1"}
-LAUNCH = [sys.executable, "-m", "scatterfold.tools.launch"]
 STEPS = 8
 
 # On the second machine: a rank fails in its first life, and the whole machine goes in its second. The first machine
@@ -38,7 +36,7 @@ class Fault(Constant):
             os._exit(7)
         if os.environ["MACHINE"] == "1" and Fault.calls == 2:
             gone.touch()
-            os.kill(os.getppid(), signal.SIGKILL)
+            os.kill(int(os.environ["STARTED_BY"]), signal.SIGKILL)
             os.kill(os.getpid(), signal.SIGKILL)
         if os.environ["WORLD_SIZE"] == "1" and not gone.exists() and "MACHINE" in os.environ:
             time.sleep(15)
@@ -49,6 +47,11 @@ class Fault(Constant):
 @pytest.fixture(scope="module")
 def tiny(tiny):
     return [*tiny, f"trainer.steps={STEPS}", "schedule=constant"]
+
+
+@pytest.fixture
+def launcher(warm_python):
+    return [warm_python, "-m", "scatterfold.tools.launch"]
 
 
 @pytest.fixture
@@ -84,14 +87,14 @@ def losses(folder):
     return [line["loss"] for line in lines if "loss" in line]
 
 
-def test_a_run_outlives_a_rank_and_then_a_machine(start, tmp_path, tiny, choose_port):
+def test_a_run_outlives_a_rank_and_then_a_machine(start, launcher, tmp_path, tiny, choose_port):
     """Ends on one machine with the curve of a run that was never disturbed."""
     (tmp_path / "faults.py").write_text(FAULTS)
     variables = {"PYTHONPATH": str(tmp_path), "MARKS": str(tmp_path)}
     flags = ["--nnodes", "1:2", "--rdzv-endpoint", f"localhost:{choose_port()}", "--nproc-per-node", 1]
     flags += ["--max-restarts", 3, "--rdzv-conf", "last_call_timeout=3,keep_alive_interval=1,keep_alive_max_attempt=5"]
     words = ["train", *tiny, "schedule._target_=faults.Fault", "run_dir=run", "trainer.checkpoint_every=1"]
-    first, second = (start([*LAUNCH, *flags, "--node-rank", n, *words], MACHINE=str(n), **variables) for n in (0, 1))
+    first, second = (start([*launcher, *flags, "--node-rank", n, *words], MACHINE=str(n), **variables) for n in (0, 1))
     _, err = first.communicate(timeout=900)
     assert first.returncode == 0, err
     second.communicate(timeout=300)
@@ -104,10 +107,10 @@ def test_a_run_outlives_a_rank_and_then_a_machine(start, tmp_path, tiny, choose_
     assert len(losses(tmp_path / "run")) == STEPS
 
 
-def test_pods_of_a_pytorchjob_meet_and_go_together(start, tmp_path, tiny, choose_port, monkeypatch):
+def test_pods_of_a_pytorchjob_meet_and_go_together(start, warm_python, tmp_path, tiny, choose_port, monkeypatch):
     """The command of the manifest, with the variables that the operator sets; one pod is then told to go."""
     monkeypatch.chdir(tmp_path)
-    job = ["--kubernetes", "job.yaml", "--image", "sf", "--pvc", f"runs:{tmp_path}", "--python", sys.executable]
+    job = ["--kubernetes", "job.yaml", "--image", "sf", "--pvc", f"runs:{tmp_path}", "--python", warm_python]
     size = ["--nnodes", "2", "--nproc-per-node", "1"]
     assert main(["launch", *job, *size, "train", *tiny, "trainer.steps=100000", "trainer.checkpoint_every=0"]) == 0
     replicas = yaml.safe_load((tmp_path / "job.yaml").read_text())["spec"]["pytorchReplicaSpecs"]
@@ -136,9 +139,9 @@ def test_pods_of_a_pytorchjob_meet_and_go_together(start, tmp_path, tiny, choose
     assert (folder / "logs" / "unfinished").exists()
 
 
-def test_machines_that_do_not_meet(start, tmp_path, tiny, choose_port):
+def test_machines_that_do_not_meet(start, launcher, tmp_path, tiny, choose_port):
     flags = ["--nnodes", 2, "--rdzv-endpoint", f"localhost:{choose_port()}", "--nproc-per-node", 1]
-    alone = start([*LAUNCH, *flags, "--rdzv-conf", "join_timeout=2", "train", *tiny, "run_dir=run"])
+    alone = start([*launcher, *flags, "--rdzv-conf", "join_timeout=2", "train", *tiny, "run_dir=run"])
     _, err = alone.communicate(timeout=400)
     assert alone.returncode == 1
     (line,) = err.splitlines()

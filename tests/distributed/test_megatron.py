@@ -2,7 +2,6 @@
 
 import os
 import subprocess
-import sys
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
@@ -20,11 +19,11 @@ pytestmark = pytest.mark.distributed
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory):
+def found(warm_python, tmp_path_factory):
     folder = tmp_path_factory.mktemp("megatron")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     done = subprocess.run(
-        [sys.executable, RANKS, folder], env=environment, timeout=540, capture_output=True, text=True, check=False
+        [warm_python, RANKS, folder], env=environment, timeout=540, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
     return folder

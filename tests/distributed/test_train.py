@@ -3,7 +3,6 @@
 import copy
 import json
 import subprocess
-import sys
 
 import pytest
 import torch
@@ -39,7 +38,7 @@ main()
 
 
 @pytest.fixture(scope="module")
-def torchrun(choose_port):
+def torchrun(warm_python, choose_port):
     """`torchrun(folder, (config, run_dir, action), …)`: train one after the other in one launch over two processes.
 
     Rank 1 gets the signal `action` in step 5.
@@ -49,7 +48,7 @@ def torchrun(choose_port):
         (folder / "worker.py").write_text(WORKER)
         listed = [[config, str(run_dir), action, choose_port()] for config, run_dir, action in jobs]
         (folder / "jobs.json").write_text(json.dumps(listed))
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+        command = [warm_python, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
         command += [str(folder / "worker.py"), str(folder / "jobs.json")]
         return subprocess.run(command, capture_output=True, text=True, timeout=300)
 

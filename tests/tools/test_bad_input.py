@@ -6,7 +6,6 @@ import resource
 import shutil
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -179,8 +178,8 @@ def test_a_full_disk_spoils_no_checkpoint(scatterfold, tmp_path, tiny):
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == 4
 
 
-def test_ctrl_c_leaves_with_130_and_one_line(tmp_path, tiny):
-    command = [sys.executable, "-m", "scatterfold.tools.cli", "train", *tiny, "run_dir=run", "trainer.steps=100000"]
+def test_ctrl_c_leaves_with_130_and_one_line(warm_python, tmp_path, tiny):
+    command = [warm_python, "-m", "scatterfold.tools.cli", "train", *tiny, "run_dir=run", "trainer.steps=100000"]
     process = subprocess.Popen(
         command,
         cwd=tmp_path,
@@ -188,7 +187,6 @@ def test_ctrl_c_leaves_with_130_and_one_line(tmp_path, tiny):
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background job's children ignore it
     )
     assert process.stdout is not None
     for line in process.stdout:

@@ -11,6 +11,7 @@ from scatterfold.tools.bench.kernels.shapes import Shape
 from scatterfold.tools.bench.ranks import measure_in_ranks
 from scatterfold.tools.cli import main
 
+pytestmark = pytest.mark.usefixtures("warm")
 T, D, F, E, K = 24, 16, 8, 8, 3
 SHAPE = Shape("small", T, D, F, E, K)
 

@@ -8,11 +8,12 @@ from scatterfold.tools.bench.scaling.case import Model
 from scatterfold.tools.bench.scaling.formula import expected, remote_ranks
 from scatterfold.tools.cli import main
 
+pytestmark = pytest.mark.usefixtures("warm")
 SMALL = ["layers=2", "width=32", "heads=2", "experts=4", "expert_width=16", "vocabulary=64", "length=16", "sequences=4"]
 
 
 @pytest.fixture(scope="module")
-def records(tmp_path_factory):
+def records(warm, tmp_path_factory):
     file = tmp_path_factory.mktemp("scaling") / "scaling.json"
     layouts = "dp_replicate=1; dp_shard=2; ep=2; tp=2; cp=2; pp=2"
     words = ["bench", "scaling", "ranks=1,2", f"layouts={layouts}", "steps=1", f"json={file}", *SMALL]

@@ -13,6 +13,7 @@ from scatterfold.kernels.errors import ConfigError
 from scatterfold.tools.sweep.halving import best, rung_steps
 from scatterfold.tools.sweep.trial import DROPPED, FAILED, FINISHED, RESULT, Trial
 
+pytestmark = pytest.mark.usefixtures("warm")
 HALVING = ("hydra/sweeper=halving", "hydra.sweep.dir=sweep")
 
 

@@ -16,6 +16,7 @@ from scatterfold.tools.plan.calibration import choose_device, document_of, read_
 from scatterfold.tools.plan.configuration import compose
 from scatterfold.tools.plan.validate import report
 
+pytestmark = pytest.mark.usefixtures("warm")
 SMALL = ["model.layers=2", "model.width=32", "model.expert_width=16", "model.ffn_width=24", "data.sequence_length=32"]
 
 

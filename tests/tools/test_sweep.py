@@ -17,11 +17,12 @@ from scatterfold.tools.sweep.placing import shares
 from scatterfold.tools.sweep.results import read_sweep, shown, varied_keys
 from scatterfold.tools.sweep.trial import FAILED, FINISHED, Trial
 
+pytestmark = pytest.mark.usefixtures("warm")
 QUICK = ("trainer.steps=2", "trainer.checkpoint_every=0", "logger.display=none")
 
 
 @pytest.fixture(scope="module")
-def sweep(tmp_path_factory, tiny):
+def sweep(warm, tmp_path_factory, tiny):
     """The folder of a sweep of which one trial cannot run, and what it printed."""
     folder = tmp_path_factory.mktemp("sweeps") / "sweep"
     command = [sys.executable, "-m", "scatterfold.tools.cli", "train", "-m", *tiny, *QUICK]

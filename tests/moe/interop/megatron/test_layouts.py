@@ -53,14 +53,14 @@ def test_every_layout_of_keys_holds_the_same(megatron, fields, tmp_path, layout,
 
 
 @pytest.mark.distributed
-def test_what_two_ranks_saved_is_the_same(fields, tmp_path, values):
+def test_what_two_ranks_saved_is_the_same(warm_python, fields, tmp_path, values):
     """Each rank holds half of the experts, or half of every matrix, loaded from ours and saved again."""
     layouts = ("expert_model_parallel_size", "tensor_model_parallel_size")
     stored = open_megatron(describe_and_write(fields, tmp_path))
     script = Path(__file__).with_name("two_ranks.py")
     words = [script, json.dumps(fields), tmp_path / "out/release", tmp_path, *layouts]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, *words], check=True, env=environment, timeout=200)
+    subprocess.run([warm_python, *words], check=True, env=environment, timeout=200)
     for layout in layouts:
         two = describe(tmp_path / layout, fields)
         assert {file.name for file in two.glob("*.distcp")} >= {"__0_0.distcp", "__1_0.distcp"}
