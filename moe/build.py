@@ -11,7 +11,7 @@ import torch
 from ..kernels import ConfigError
 from ..parallel.dispatchers import Dispatcher
 from ..parallel.meshes import ALONE, Meshes
-from ..parallel.stages import PipelineSchedule, split_layers
+from ..parallel.pipeline.stages import PipelineSchedule, split_layers
 from .adapters import AdapterExperts
 from .components import build, check
 from .experts import Experts

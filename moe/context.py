@@ -22,7 +22,7 @@ class StepContext:
         statistics: collects router statistics of the step; None to collect nothing (inference).
         sequence_group: the ranks that hold parts of the same sequences, cp x tp of them; None where this rank holds
             whole sequences. Set by the model, which cuts the sequences; each rank's T tokens are then its parts.
-        cp: context-parallel ranks among them, whose parts are zigzag (`parallel.context`); set with sequence_group.
+        cp: context-parallel ranks among them, whose parts are `parallel.context.zigzag`; set with sequence_group.
     """
 
     num_sequences: int = 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..kernels import ConfigError
-from ..parallel.context import check_length
+from ..parallel.context.zigzag import check_length
 from ..parallel.layout import ResolvedLayout
 from ..parallel.meshes import Meshes
 from .adapters import AdapterExperts
@@ -55,7 +55,7 @@ def _adapter_width(model: ModelPlan) -> int | None:
 
 
 def check_ring(model: ModelPlan, sequence_length: int, *, device: str, precision: str, pack_documents: bool) -> None:
-    """What ring attention needs (see `parallel.ring`). Raises: ConfigError that names the first thing that it lacks."""
+    """What `parallel.context.ring` needs. Raises: ConfigError that names the first thing that it lacks."""
     window, head_width = model.config.sliding_window, model.config.head_size
     reason = None
     if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):

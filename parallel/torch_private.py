@@ -49,7 +49,7 @@ reduce_scatter_single = getattr(dist, "reduce_scatter_single", dist.reduce_scatt
 
 
 def ring_attention() -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """The forward and backward pass of torch's ring attention, with the zigzag order of `parallel.context` switched on.
+    """The forward and backward pass of torch's ring attention, with the order of `parallel.context.zigzag` on.
 
     Both take an operator for the attention of one pair of blocks, and tensors of (B, H, S, W).
     """

@@ -82,7 +82,7 @@ def _ranks(layout: ResolvedLayout, gpus_per_node: int | None) -> list[dict[str, 
 
 
 def _groups(layout: ResolvedLayout, gpus_per_node: int | None) -> list[dict[str, Any]]:
-    from ..parallel.communication import communications
+    from ..parallel.communication.by_group import communications
 
     everyone = {**layout.groups(), "world": [list(range(layout.world))]}
     found = []

@@ -15,7 +15,7 @@ FIXED = {
     "trainer": "scatterfold.moe.training.settings.TrainerSettings",
     "logger": "scatterfold.moe.training.settings.LoggerSettings",
     "layout": "scatterfold.parallel.layout.Layout",
-    "communication": "scatterfold.parallel.communication_settings.CommunicationSettings",
+    "communication": "scatterfold.parallel.communication.settings.CommunicationSettings",
 }
 # What the model gives to its parts; an override may not.
 SUPPLIED = {"router": ("width", "num_experts"), "experts": ("num_experts", "width", "expert_width")}

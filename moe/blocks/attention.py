@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...kernels.attention import Documents, attention
-from ...parallel.context import ContextAttention
+from ...parallel.context.attention import ContextAttention
 from ...parallel.shards import local_part
-from ...parallel.tensor import gather_sequence, scatter_sequence
+from ...parallel.tensor.collectives import gather_sequence, scatter_sequence
 from .linear import Linear
 from .norm import RMSNorm
 from .rope import Rotation
@@ -171,7 +171,7 @@ class Attention(SelfAttention):
         return self.project(self.attend(q, k, v, visible, sinks))
 
     def tensor_styles(self) -> dict[str, ParallelStyle]:
-        from ...parallel.styles import CutParameters, cut_inputs, cut_outputs
+        from ...parallel.tensor.styles import CutParameters, cut_inputs, cut_outputs
 
         styles = {"wq": cut_outputs(), "wk": cut_outputs(), "wv": cut_outputs(), "wo": cut_inputs()}
         if self.sinks is not None:

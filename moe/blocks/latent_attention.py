@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...kernels import ConfigError
 from ...parallel.shards import local_part
-from ...parallel.tensor import gather_sequence
+from ...parallel.tensor.collectives import gather_sequence
 from .attention import LayerCache, SelfAttention, Visible
 from .linear import Linear
 from .norm import RMSNorm
@@ -137,7 +137,7 @@ class MultiHeadLatentAttention(SelfAttention):
         return self.project(self.attend(torch.cat((q_straight, q_turned), -1), k, v, visible))
 
     def tensor_styles(self) -> dict[str, ParallelStyle]:
-        from ...parallel.styles import cut_inputs, cut_outputs
+        from ...parallel.tensor.styles import cut_inputs, cut_outputs
 
         return {"wq": cut_outputs(), "wkv": cut_outputs(), "wo": cut_inputs()}
 

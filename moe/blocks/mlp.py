@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ...kernels import activate, is_gated
-from ...parallel.tensor import gather_rows, scatter_rows
+from ...parallel.tensor.collectives import gather_rows, scatter_rows
 from .linear import Linear
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ class MLP(nn.Module):
 
     def tensor_styles(self) -> dict[str, ParallelStyle]:
         """How tensor parallelism cuts it, by module name."""
-        from ...parallel.styles import cut_inputs, cut_outputs
+        from ...parallel.tensor.styles import cut_inputs, cut_outputs
 
         styles = {"w_up": cut_outputs(), "w_out": cut_inputs()}
         return styles if self.w_gate is None else {**styles, "w_gate": cut_outputs()}

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ...kernels.rms_norm import rms_norm
 from ...parallel.shards import local_part
-from ...parallel.tensor import sum_shares
+from ...parallel.tensor.collectives import sum_shares
 
 
 class RMSNorm(nn.Module):

@@ -14,7 +14,7 @@ from ...kernels import ConfigError
 from ...parallel.dispatchers import AllGatherDispatcher
 from ...parallel.engines import TorchEngine
 from ...parallel.layout import Layout, ResolvedLayout
-from ...parallel.stages import PipelineSchedule
+from ...parallel.pipeline.stages import PipelineSchedule
 from ..build import ModelPlan
 from ..components import target_of
 from ..data.batches import Share

@@ -62,8 +62,7 @@ class ScatterfoldGPT(GPTModel):
         """GPTModel's forward pass, causal within documents.
 
         Args:
-            input_ids: (B, S / CP) int64, of the zigzag parts that `parallel.context.own_part` cuts; every stage gets
-                them.
+            input_ids: (B, S / CP) int64, a part as `parallel.context.zigzag.own_part` cuts it; every stage gets it.
             position_ids: not looked at: rotary positions count along the row.
             labels: (B, S / CP) int64, what each position should predict.
             cu_seqlens: (n + 1,) int32 on the CPU, document boundaries over the B * S tokens of whole sequences, each

@@ -19,7 +19,7 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor, nn
 
 from ...kernels.attention import Documents, attention
-from ...parallel.context import CONTEXT_ATTENTION, ContextAttention
+from ...parallel.context.attention import CONTEXT_ATTENTION, ContextAttention
 from ..blocks import RMSNorm
 from ..models.config import ModelConfig
 

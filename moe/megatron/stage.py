@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ...parallel.checkpoint.lazy import LazyTensor
-from ...parallel.context import own_part
+from ...parallel.context.zigzag import own_part
 from ..context import ALONE, StepContext
 from ..models.init import initialise_part
 from .layer import MegatronMoELayer

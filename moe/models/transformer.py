@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from ...kernels import ConfigError
 from ...kernels.attention import Documents
 from ...kernels.cross_entropy import linear_cross_entropy
-from ...parallel import vocabulary
-from ...parallel.context import CONTEXT_ATTENTION, check_length, own_part
+from ...parallel.context.attention import CONTEXT_ATTENTION
+from ...parallel.context.zigzag import check_length, own_part
 from ...parallel.dispatchers import Dispatcher
 from ...parallel.meshes import ALONE as ONE_PROCESS
 from ...parallel.meshes import Meshes
+from ...parallel.tensor import vocabulary
 from ..adapters import AdapterExperts
 from ..blocks import MLP, Block, KeyValueCache, RMSNorm, RotaryTable, SelfAttention
 from ..blocks.attention import Visible
@@ -54,8 +55,8 @@ class Transformer(nn.Module):
             first layer is, norm and head are where the last one is.
         meshes: this rank's place in the layout, for which the model is built. Forward always gets whole sequences; the
             model cuts them over cp and tp ranks, and expects its weights to be cut by `tensor_styles`.
-        context_attention: how queries reach the keys of other cp ranks: gather (`parallel.context`), ring
-            (`parallel.ring`).
+        context_attention: how queries reach the keys of other cp ranks: gather (`parallel.context.attention`), ring
+            (`parallel.context.ring`).
         activation_offload: keep what the backward pass needs in the memory of the CPU (`moe.offload`).
 
     Raises: ConfigError for tied embeddings in a model of several parts, or what tp cannot cut.
@@ -234,7 +235,7 @@ class Transformer(nn.Module):
 
         Whole parameters see a part of the tokens on each tp rank, so their gradients are still to be summed over tp.
         """
-        from ...parallel.styles import CutParameters
+        from ...parallel.tensor.styles import CutParameters
 
         tables = {"embedding": self.embedding, "head": self.head}
         styles: dict[str, ParallelStyle] = {

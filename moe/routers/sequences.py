@@ -8,8 +8,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ...kernels.untraced import untraced
-from ...parallel.context import to_rank_order, to_sequence_order
-from ...parallel.tensor import all_gather
+from ...parallel.context.zigzag import to_rank_order, to_sequence_order
+from ...parallel.tensor.collectives import all_gather
 from ..context import StepContext
 
 

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 
 from ...parallel.checkpoint import Checkpointer
+from ...parallel.communication.watchdog import Watchdog
 from ...parallel.engines.base import Engine
 from ...parallel.meshes import Meshes
 from ...parallel.process import Process, gather, sum_over_ranks
-from ...parallel.watchdog import Watchdog
 from ..context import StepContext
 from ..data.batches import Batch, Batches
 from ..layer import MoELayer

@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from ...parallel.checkpoint import Checkpointer
+from ...parallel.communication.timeouts import naming_timeouts
+from ...parallel.communication.watchdog import FIRST_STEP_S, Watchdog
 from ...parallel.engines import Engine
 from ...parallel.layout import ResolvedLayout
 from ...parallel.meshes import Meshes
 from ...parallel.process import Process, broadcast, gather, running, together, world_size
-from ...parallel.timeouts import naming_timeouts
-from ...parallel.watchdog import FIRST_STEP_S, Watchdog
 from ..data import Data, open_data
 from ..interop.open import open_source
 from .display import Display, make_display, quantity

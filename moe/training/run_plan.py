@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ...kernels import ConfigError
-from ...parallel.communication_settings import CommunicationSettings
+from ...parallel.communication.settings import CommunicationSettings
 from ...parallel.engines import Job
 from ...parallel.layout import Layout, ResolvedLayout
 from ..build import ModelPlan

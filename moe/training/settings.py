@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from ...kernels import ConfigError
-from ...parallel.context import CONTEXT_ATTENTION
+from ...parallel.context.attention import CONTEXT_ATTENTION
 
 PRECISIONS = ("fp32", "bf16")
 CHECKPOINTING = ("none", "full", "selective")

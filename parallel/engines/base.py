@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ...kernels.errors import ConfigError
 from ..checkpoint.lazy import LazyTensor
 from ..layout import ResolvedLayout
-from ..stages import PipelineSchedule
+from ..pipeline.stages import PipelineSchedule
 
 PRECISIONS = ("fp32", "bf16")
 

@@ -16,9 +16,9 @@ from torch.nn.parallel import DistributedDataParallel
 from ...kernels.errors import ConfigError
 from ..layout import ResolvedLayout
 from ..meshes import ALONE, Meshes
+from ..pipeline.stages import PipelineSchedule
 from ..plan import ShardingPlan, cut_parameters, is_meta
 from ..process import Process
-from ..stages import PipelineSchedule
 from .base import Job, check_precision
 from .gradients import GradientSums, Groups
 from .sharding import gradient_groups, places, shard
@@ -148,7 +148,9 @@ class TorchEngine:
 
     def _runner(self, parts: Sequence[nn.Module], process: Process, meshes: Meshes, autocast: bool) -> Runner:
         if meshes.pp is not None:
-            from ..pipeline import Pipeline  # loads torch.distributed.pipelining, which most layouts do not need
+            from ..pipeline.pipeline import (
+                Pipeline,  # loads torch.distributed.pipelining, which most layouts do not need
+            )
 
             context = partial(autocasting, autocast, process.device)
             return Pipeline(parts, meshes, self.schedule, process.device, forward_context=context)

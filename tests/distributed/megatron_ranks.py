@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from scatterfold.moe.build import ModelPlan
 from scatterfold.moe.context import StepContext
-from scatterfold.parallel.context import own_part
+from scatterfold.parallel.context.zigzag import own_part
 from scatterfold.parallel.layout import ResolvedLayout
 
 TESTS = Path(__file__).parents[1]

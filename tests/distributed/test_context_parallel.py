@@ -8,10 +8,12 @@ import pytest
 import torch
 
 from scatterfold.kernels.attention import attention
-from scatterfold.parallel import Layout, ring
-from scatterfold.parallel.context import GatheredContext, own_part, to_rank_order
+from scatterfold.parallel import Layout
+from scatterfold.parallel.context import ring
+from scatterfold.parallel.context.attention import GatheredContext
+from scatterfold.parallel.context.zigzag import own_part, to_rank_order
 from scatterfold.parallel.process import running
-from scatterfold.parallel.tensor import gather_rows
+from scatterfold.parallel.tensor.collectives import gather_rows
 
 pytestmark = [pytest.mark.distributed, pytest.mark.filterwarnings("ignore:torch.distributed is disabled")]
 

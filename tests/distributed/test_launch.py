@@ -156,7 +156,7 @@ from pathlib import Path
 from scatterfold.moe.training import Constant
 
 class Fault(Constant):
-    \"\"\"Rank 1 raises, dies or hangs in step 2 of its first life.\"\"\"
+    \"\"\"Rank 1 raises, dies, hangs or is late in step 2 of its first life.\"\"\"
 
     def __call__(self, step, total_steps):
         mark = Path(os.environ["MARK"])
@@ -168,6 +168,7 @@ class Fault(Constant):
                 os.kill(os.getpid(), 9)
             while os.environ["FAULT"] == "hang":
                 time.sleep(0.1)
+            time.sleep(12 if os.environ["FAULT"] == "late" else 0)
         return super().__call__(step, total_steps)
 """
 
@@ -206,7 +207,7 @@ def test_a_killed_rank_is_started_again_and_the_curve_goes_on_exactly(launch_wit
 
 
 def test_a_rank_that_hangs_is_named_with_its_stack(launch_with_fault, tmp_path):
-    code, _, err = launch_with_fault("hang", overrides=["run_dir=run", "trainer.hang_timeout_s=15"])
+    code, _, err = launch_with_fault("hang", overrides=["run_dir=run", "trainer.hang_timeout_s=6"])
     assert code == 1
     (line,) = err.splitlines()
     assert "rank 1 hangs at" in line and "faults.py" in line and "rank 0 waits in" in line
@@ -215,7 +216,7 @@ def test_a_rank_that_hangs_is_named_with_its_stack(launch_with_fault, tmp_path):
 
 def test_a_collective_that_a_rank_never_joins_ends_the_run(launch_with_fault, tmp_path):
     words = ["run_dir=run", "communication.timeout_s=5", "communication.flight_recorder=20"]
-    code, _, err = launch_with_fault("hang", overrides=words)
+    code, _, err = launch_with_fault("late", overrides=words)
     assert code == 1
     (line,) = err.splitlines()
     # Rank 0 in step 2, or on a busy machine either of them before.

@@ -17,10 +17,10 @@ from scatterfold.moe.context import StepContext
 from scatterfold.moe.models.transformer import Transformer
 from scatterfold.moe.training.router_statistics import RouterStatistics
 from scatterfold.parallel import Layout
-from scatterfold.parallel.pipeline import Pipeline
+from scatterfold.parallel.pipeline.pipeline import Pipeline
+from scatterfold.parallel.pipeline.stages import PipelineSchedule, split_layers
+from scatterfold.parallel.pipeline.torch_pipelining import Stage, can_split_backward
 from scatterfold.parallel.process import barrier, running, sum_over_ranks
-from scatterfold.parallel.stages import PipelineSchedule, split_layers
-from scatterfold.parallel.torch_pipelining import Stage, can_split_backward
 
 pytestmark = pytest.mark.distributed
 

@@ -16,8 +16,8 @@ from scatterfold.moe.training.router_statistics import RouterStatistics
 from scatterfold.parallel import Layout, Process
 from scatterfold.parallel.engines import TorchEngine
 from scatterfold.parallel.meshes import ALONE
+from scatterfold.parallel.pipeline.torch_pipelining import can_split_backward
 from scatterfold.parallel.process import barrier, running, sum_over_ranks
-from scatterfold.parallel.torch_pipelining import can_split_backward
 
 pytestmark = pytest.mark.distributed
 

@@ -16,7 +16,7 @@ from scatterfold.moe.models.config import check_tensor_parallel
 from scatterfold.parallel import Layout
 from scatterfold.parallel.meshes import Meshes
 from scatterfold.parallel.process import running
-from scatterfold.parallel.vocabulary import embed, parallel_linear_cross_entropy
+from scatterfold.parallel.tensor.vocabulary import embed, parallel_linear_cross_entropy
 
 pytestmark = [pytest.mark.distributed, pytest.mark.filterwarnings("ignore:torch.distributed is disabled")]
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from scatterfold.parallel.communication_settings import CommunicationSettings
+from scatterfold.parallel.communication.settings import CommunicationSettings
+from scatterfold.parallel.communication.timeouts import CollectiveTimeout, naming_timeouts
 from scatterfold.parallel.process import running, sum_over_ranks
-from scatterfold.parallel.timeouts import CollectiveTimeout, naming_timeouts
 
 
 def wait_for_ever(group):

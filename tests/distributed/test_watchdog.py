@@ -9,8 +9,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from scatterfold.parallel.communication.watchdog import Watchdog
 from scatterfold.parallel.process import running
-from scatterfold.parallel.watchdog import Watchdog
 
 pytestmark = pytest.mark.distributed
 

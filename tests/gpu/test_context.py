@@ -8,7 +8,7 @@ from scatterfold.kernels.attention import attention
 from scatterfold.kernels.prefix_attention import Prefixes, prefix_attention
 from scatterfold.moe.blocks import MLP
 from scatterfold.moe.offload import offloaded
-from scatterfold.parallel.ring import RingContext
+from scatterfold.parallel.context.ring import RingContext
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 

@@ -6,7 +6,7 @@ import socket
 import pytest
 
 from scatterfold.kernels import ConfigError
-from scatterfold.parallel.communication_settings import CommunicationSettings
+from scatterfold.parallel.communication.settings import CommunicationSettings
 
 INTERFACE = socket.if_nameindex()[0][1]
 ALL = {

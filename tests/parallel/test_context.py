@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from scatterfold.kernels import ConfigError
-from scatterfold.parallel.context import check_length, own_part, to_rank_order, to_sequence_order
-from scatterfold.parallel.ring import RingContext
+from scatterfold.parallel.context.ring import RingContext
+from scatterfold.parallel.context.zigzag import check_length, own_part, to_rank_order, to_sequence_order
 
 
 @pytest.mark.parametrize("cp", [1, 2, 3, 4])

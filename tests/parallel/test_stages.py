@@ -8,7 +8,7 @@ import pytest
 from scatterfold.kernels import ConfigError
 from scatterfold.parallel import Layout
 from scatterfold.parallel.engines import Job, TorchEngine
-from scatterfold.parallel.stages import PipelineSchedule, split_layers
+from scatterfold.parallel.pipeline.stages import PipelineSchedule, split_layers
 
 
 def all_splits(layers, stages):

@@ -11,7 +11,6 @@ import yaml
 from scatterfold.tools.sweep.trial import FAILED, FINISHED, RESULT, Trial
 from scatterfold.tools.sweep.trials import Sweep
 
-pytestmark = pytest.mark.usefixtures("warm")
 QUICK = ("trainer.steps=2", "trainer.checkpoint_every=0", "logger.display=none", "hydra.sweep.dir=sweep")
 LOG = "'optimizer.lr=tag(log,interval(1e-3,1e-1))'".strip("'")
 

@@ -24,9 +24,8 @@ _BY_FILE = (
     ("/distributed/fsdp/", "gradients"),
     ("/distributed/pipelining/", "pp"),
     ("/moe/routers/", "counts"),
-    ("/parallel/tensor.py", "sequence"),  # cp or tp, which the group tells
-    ("/parallel/vocabulary.py", "sequence"),
-    ("/parallel/context.py", "sequence"),
+    ("/parallel/tensor/", "sequence"),  # cp or tp, which the group tells
+    ("/parallel/context/", "sequence"),
 )
 PURPOSES = ("gradients", "tokens", "tp", "cp", "pp", "counts", "other")
 

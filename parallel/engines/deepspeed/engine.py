@@ -14,9 +14,9 @@ from torch import nn
 from ....kernels.errors import ConfigError
 from ...layout import ResolvedLayout
 from ...meshes import ALONE, Meshes
+from ...pipeline.stages import PipelineSchedule
 from ...plan import ShardingPlan, cut_parameters, is_meta
 from ...process import Process
-from ...stages import PipelineSchedule
 from ..base import Job, check_not_compiled, check_precision
 from . import library
 from .experts import Cut, localise, mark_experts, split_groups

@@ -13,9 +13,9 @@ from torch import nn
 from ....kernels.errors import ConfigError
 from ...layout import ResolvedLayout
 from ...meshes import ALONE, Meshes
+from ...pipeline.stages import PipelineSchedule
 from ...plan import ShardingPlan
 from ...process import Process
-from ...stages import PipelineSchedule
 from ..base import Job, check_not_compiled, check_precision
 from . import library
 from .optimizer import make_optimizers

@@ -12,9 +12,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..kernels.cross_entropy import CHUNK_ELEMENTS, IGNORE, Normalised, chunked_cross_entropy
-from .shards import local_part
-from .tensor import all_gather, gather_rows, scatter_rows, sequence_parts
+from ...kernels.cross_entropy import CHUNK_ELEMENTS, IGNORE, Normalised, chunked_cross_entropy
+from ..shards import local_part
+from .collectives import all_gather, gather_rows, scatter_rows, sequence_parts
 
 
 def embed(tokens: Tensor, table: Tensor, group: dist.ProcessGroup) -> Tensor:

@@ -1,6 +1,6 @@
 """How a module's weights are cut over the ranks of a tp mesh, for torch's `parallelize_module`.
 
-Apart from `parallel.tensor` because it loads much of torch.
+Apart from `parallel.tensor.collectives` because it loads much of torch.
 """
 
 from __future__ import annotations

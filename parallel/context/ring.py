@@ -1,7 +1,7 @@
 """Ring attention on GPUs: keys and values travel from rank to rank while each rank computes with those it has.
 
 torch's own (torch.distributed.tensor.experimental, a prototype) with the attention kernel of FlashAttention, in the
-zigzag order of `parallel.context` (Liu et al., 2310.01889). It sends as many bytes as gathering, but holds the keys of
+order of `parallel.context.zigzag` (Liu et al., 2310.01889). It sends as many bytes as gathering, but holds the keys of
 two ranks at a time and not those of all, and overlaps sending with computation. Blocks of the ring know nothing of
 documents, windows or sinks, and their keys and values have one width: what asks for more is refused.
 """
@@ -17,10 +17,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..kernels import ConfigError
-from ..kernels.untraced import untraced
-from .context import ContextAttention
-from .torch_private import ring_attention
+from ...kernels import ConfigError
+from ...kernels.untraced import untraced
+from ..torch_private import ring_attention
+from .attention import ContextAttention
 
 _SEQUENCE = 2  # of (B, H, S, W)
 

@@ -6,7 +6,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from .process import Process
+from ..process import Process
 from .watchdog import standing
 
 _GLOO_WORDS = "Timed out waiting"

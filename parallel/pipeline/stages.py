@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..kernels.errors import ConfigError
+from ...kernels.errors import ConfigError
 
 
 @dataclass(frozen=True)

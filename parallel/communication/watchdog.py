@@ -22,8 +22,8 @@ from types import FrameType
 
 import torch.distributed as dist
 
-from .process import Process
-from .torch_private import Store, own_store
+from ..process import Process
+from ..torch_private import Store, own_store
 
 EXIT_CODE = 1
 FIRST_STEP_S = 120.0  # imports alone may take half a minute where ranks share few cores

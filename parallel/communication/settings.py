@@ -15,9 +15,9 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from ..kernels.errors import ConfigError
-from .environment_variables import environment_variables
-from .torch_private import set_group_timeouts, write_flight_record
+from ...kernels.errors import ConfigError
+from ..environment_variables import environment_variables
+from ..torch_private import set_group_timeouts, write_flight_record
 
 NCCL_DEBUG = ("version", "warn", "info", "trace")
 # The numbers of TORCH_NCCL_ASYNC_ERROR_HANDLING.

@@ -4,8 +4,8 @@ Between layers each tp rank holds a part of the sequence. A layer gathers the wh
 slice of the channels on each rank, its last projection sums over the slices and leaves each rank its part of the
 sequence: an all-gather and a reduce-scatter forward, the same backward (Korthikanti et al., 2205.05198, section 4.2.2).
 
-Weights are DTensors over the tp mesh (`parallel.styles`), and layers compute with their local parts. Activations are
-never DTensors, so that their shapes may change from pass to pass under torch.compile, which DTensors do not stand.
+Weights are DTensors over the tp mesh (`styles`), and layers compute with their local parts. Activations are never
+DTensors, so that their shapes may change from pass to pass under torch.compile, which DTensors do not stand.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..kernels.untraced import untraced
-from .torch_private import all_gather_single, reduce_scatter_single
+from ...kernels.untraced import untraced
+from ..torch_private import all_gather_single, reduce_scatter_single
 
 
 def gather_sequence(part: Tensor, group: dist.ProcessGroup | None) -> Tensor:

@@ -13,8 +13,8 @@ import torch.distributed.pipelining as pipelining
 from torch import Tensor, nn
 from torch.distributed.pipelining.schedules import PipelineScheduleMulti, PipelineScheduleSingle
 
-from ..kernels.errors import ConfigError, InputError
-from .meshes import Meshes
+from ...kernels.errors import ConfigError, InputError
+from ..meshes import Meshes
 from .stages import PipelineSchedule
 from .torch_pipelining import Stage, can_split_backward
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .layout import ResolvedLayout
+from ..layout import ResolvedLayout
 
 
 @dataclass(frozen=True)
