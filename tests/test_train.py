@@ -55,7 +55,7 @@ def make(corpus):
                 "sequence_length": 32,
                 "global_batch_size": 4,
                 "micro_batch_size": 2,
-                "split": "90,10",
+                "split": "97,3",
                 "cache_dir": str(corpus.parent / "cache"),
                 "workers": 1,
             },

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
+from whole_tensors import whole
 
 from scatterfold import Experts, ModelConfig, TopKRouter, Transformer
 from scatterfold.moe.blocks import LatentAttention
@@ -141,7 +142,7 @@ def cut(case, meshes):
             block.compile(backend="aot_eager")
     loss = loss_of(model, case, statistics)
     loss.backward()
-    gradients = {name: whole_gradient(parameter, meshes) for name, parameter in model.named_parameters()}
+    gradients = whole({name: summed_gradient(parameter, meshes) for name, parameter in model.named_parameters()})
     loss = loss.detach() / meshes.layout.tp
     dist.all_reduce(loss)
     counts = statistics.total
@@ -150,7 +151,7 @@ def cut(case, meshes):
     return {"loss": loss, "gradients": gradients, "counts": counts, "calls": statistics.calls}
 
 
-def whole_gradient(parameter, meshes):
+def summed_gradient(parameter, meshes):
     """What is cut over tp is summed over cp, what is whole over all ranks."""
     gradient = parameter.grad
     if not isinstance(parameter, DTensor):
@@ -159,7 +160,7 @@ def whole_gradient(parameter, meshes):
     assert gradient.placements == parameter.placements
     if meshes.cp is not None:
         dist.all_reduce(gradient.to_local(), group=meshes.cp.get_group())
-    return gradient.full_tensor()
+    return gradient
 
 
 def write(process, folder, *names):

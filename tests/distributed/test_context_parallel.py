@@ -1,9 +1,9 @@
 """Context parallelism: loss and gradients of one process, from real ranks over gloo."""
 
 import sys
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
+import cut_models
 import pytest
 import torch
 
@@ -16,10 +16,6 @@ from scatterfold.parallel.process import running
 from scatterfold.parallel.tensor.collectives import gather_rows
 
 pytestmark = [pytest.mark.distributed, pytest.mark.filterwarnings("ignore:torch.distributed is disabled")]
-
-spec = spec_from_file_location("cut_models", Path(__file__).with_name("cut_models.py"))
-cut_models = module_from_spec(spec)
-spec.loader.exec_module(cut_models)
 
 
 def run_in_ranks(folder, layout):

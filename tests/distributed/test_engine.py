@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from whole_tensors import whole
 
 from scatterfold.kernels import Routing, moe_mlp
 from scatterfold.parallel import Layout, Process
@@ -98,10 +99,6 @@ def build(process, layout, engine, optimizer, **options):
     )
 
 
-def whole(tensor):
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor.detach().clone()
-
-
 def train(process, layout, engine=None, optimizer="sgd", max_norm=0.05, **options):
     """A few steps; what can be compared between layouts, as whole tensors."""
     make = {
@@ -109,21 +106,21 @@ def train(process, layout, engine=None, optimizer="sgd", max_norm=0.05, **option
         "adamw": lambda model: torch.optim.AdamW(model.parameters(), lr=0.01, fused=True),
     }[optimizer]
     training = build(process, layout, engine or TorchEngine(), make, **options)
-    found = {"initial": {name: whole(p) for name, p in training.named_parameters()}, "steps": []}
+    found = {"initial": whole(dict(training.named_parameters())), "steps": []}
     found["buffers"] = {name: buffer.clone() for name, buffer in training.parts[0].named_buffers()}
     for step in range(STEPS):
         batches = [{"tokens": batch} for batch in micro_batches(step, process.rank, process.world)]
         loss = training.run(batches, scale=1 / (MICRO_BATCHES * TOKENS))
-        gradients = {name: whole(p.grad) for name, p in training.named_parameters()}
+        gradients = whole({name: p.grad for name, p in training.named_parameters()})
         by_name = training.grad_norms_by_parameter()
         norm = training.clip(max_norm)
-        clipped = {name: whole(p.grad) for name, p in training.named_parameters()}
+        clipped = whole({name: p.grad for name, p in training.named_parameters()})
         training.step()
         training.zero_grad()
         found["steps"].append(
             {"loss": loss, "gradients": gradients, "norm": norm, "by_name": by_name, "clipped": clipped}
         )
-    found["final"] = {name: whole(p) for name, p in training.named_parameters()}
+    found["final"] = whole(dict(training.named_parameters()))
     found["evaluation"] = training.evaluate({"tokens": micro_batches(99, 0, 1)[0]})
     return found
 

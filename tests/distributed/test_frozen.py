@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from whole_tensors import whole
 
 from scatterfold.moe.build import ModelPlan
 from scatterfold.moe.context import StepContext
@@ -18,7 +19,7 @@ from scatterfold.moe.training.optimizers import AdamW
 from scatterfold.parallel import Layout, Process
 from scatterfold.parallel.checkpoint import Checkpointer, read_shapes
 from scatterfold.parallel.engines import TorchEngine
-from scatterfold.parallel.process import gather, running, sum_over_ranks
+from scatterfold.parallel.process import running, sum_over_ranks
 from scatterfold.parallel.shards import local_part, local_range
 
 pytestmark = [pytest.mark.distributed, pytest.mark.filterwarnings("ignore:torch.distributed is disabled")]
@@ -109,7 +110,7 @@ def learn(engine, steps=STEPS, start=0):
         found["loss"].append(sum_over_ranks(engine.run(arguments, scale=1 / tokens.numel())))
         if step == start:
             gradients = {name: p.grad for name, p in engine.named_parameters() if p.grad is not None}
-            found["gradients"] = whole(engine, gradients)
+            found["gradients"] = whole(gradients)
             found["by_name"] = engine.grad_norms_by_parameter()
         found["norm"].append(engine.clip(1.0))
         engine.step()
@@ -117,16 +118,10 @@ def learn(engine, steps=STEPS, start=0):
     return found
 
 
-def whole(engine, state):
-    own = {name: t.full_tensor() if hasattr(t, "full_tensor") else t for name, t in state.items()}
-    stages = [own] if engine.meshes.pp is None else gather(own)
-    return {name: tensor.detach().clone() for stage in stages for name, tensor in stage.items()}
-
-
 def results(process, model, layout, name=None):
     engine = prepare(process, config_of(model, name), layout)
-    initial = whole(engine, dict(engine.named_parameters()))
-    return {**learn(engine), "initial": initial, "state": whole(engine, engine.state_dict())}, engine
+    initial = whole(dict(engine.named_parameters()))
+    return {**learn(engine), "initial": initial, "state": whole(engine.state_dict())}, engine
 
 
 def in_ranks(folder):
@@ -150,7 +145,7 @@ def resume(process, engine, folder, layout, model, name):
     again = prepare(process, config_of(model, name), layout, seed=1)
     again.load(folder / f"step-{STEPS}")
     resumed = learn(again, 1, STEPS)
-    after, expected = whole(again, again.state_dict()), whole(engine, engine.state_dict())
+    after, expected = whole(again.state_dict()), whole(engine.state_dict())
     same = after.keys() == expected.keys() and all(torch.equal(after[key], expected[key]) for key in after)
     return same and resumed["loss"] == on["loss"] and resumed["norm"] == on["norm"]
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from whole_tensors import whole
 
 from scatterfold.moe.build import ModelPlan
 from scatterfold.moe.context import StepContext
@@ -98,10 +99,6 @@ def micro_batches(step, statistics=None, share=0, shares=1):
             }
 
 
-def whole(tensor):
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor.detach().clone()
-
-
 def learn(engine, meshes):
     """Two steps of plain gradient descent and an evaluation."""
     statistics = RouterStatistics(ModelPlan.from_config(CONFIG).moe_layers, 4)
@@ -112,10 +109,10 @@ def learn(engine, meshes):
         found["loss"].append(float(sum_over_ranks(loss.clone())))
         found["norm"].append(float(engine.clip(None)))
         found["counts"].append(statistics.reduce(sum_over_ranks).counts)
-        found[f"gradients {step}"] = {name: whole(p.grad) for name, p in engine.named_parameters()}
+        found[f"gradients {step}"] = whole({name: p.grad for name, p in engine.named_parameters()})
         engine.step()
         engine.zero_grad()
-    found["parameters"] = {name: whole(p) for name, p in engine.named_parameters()}
+    found["parameters"] = whole(dict(engine.named_parameters()))
     for part in engine.parts:
         part.eval()
     evaluated = [engine.evaluate(batch) for batch in micro_batches(7, None, *place)]

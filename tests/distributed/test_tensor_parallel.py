@@ -1,9 +1,9 @@
 """Tensor and sequence parallelism: loss and gradients of one process, from real ranks over gloo."""
 
 import sys
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
+import cut_models
 import pytest
 import torch
 import torch.distributed as dist
@@ -19,10 +19,6 @@ from scatterfold.parallel.process import running
 from scatterfold.parallel.tensor.vocabulary import embed, parallel_linear_cross_entropy
 
 pytestmark = [pytest.mark.distributed, pytest.mark.filterwarnings("ignore:torch.distributed is disabled")]
-
-spec = spec_from_file_location("cut_models", Path(__file__).with_name("cut_models.py"))
-cut_models = module_from_spec(spec)
-spec.loader.exec_module(cut_models)
 
 
 def run_in_ranks(folder, *layouts):

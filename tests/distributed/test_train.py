@@ -112,7 +112,7 @@ def config(tmp_path_factory):
             "sequence_length": 32,
             "global_batch_size": 8,
             "micro_batch_size": 2,
-            "split": "90,10",
+            "split": "97,3",
             "cache_dir": str(folder.parent / "cache"),
             "workers": 1,
         },

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from whole_tensors import holds, same, whole
 
 from scatterfold.kernels import CheckpointError
 from scatterfold.moe.build import ModelPlan
@@ -74,7 +73,6 @@ LAYOUTS = {
         "cp, tp, ep": Layout(cp=2, tp=2, ep=2),
         "fsdp, cp, ep over both": Layout(dp_shard=2, cp=2, ep=4),
         "pp, ep": Layout(pp=2, ep=2),
-        "pp, fsdp, ep": Layout(dp_shard=2, pp=2, ep=2),
         "pp, tp, ep": Layout(tp=2, pp=2, ep=2),
     },
     8: {
@@ -150,46 +148,12 @@ def learn(engine, steps=STEPS, start=0, size=None):
     return found
 
 
-def place(tensor):
-    """Where in the whole tensor this rank's part is: the size of the whole, and a slice of each dimension."""
-    if not isinstance(tensor, DTensor):
-        return tensor.shape, (slice(None),) * tensor.dim()
-    sizes, starts = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
-    return tensor.shape, tuple(slice(start, start + size) for size, start in zip(sizes, starts))
-
-
-def whole(state):
-    """Whole tensors, of all ranks and stages: in one exchange, as gathering each by itself would take minutes."""
-    # Arrays pickle ten times faster than tensors, and FSDP cannot free what is shared with one.
-    parts = {name: (*place(tensor), local_part(tensor).detach().clone().numpy()) for name, tensor in state.items()}
-    found = {}
-    for own in gather(parts):
-        for name, (shape, where, part) in own.items():
-            part = torch.from_numpy(part)
-            found.setdefault(name, part.new_full(shape, float("nan")))[where] = part
-    return found
-
-
 def whole_state(engine):
     return whole(engine.state_dict())
 
 
 def weights(engine):
     return whole(model_state(*engine.parts))
-
-
-def same(one, other):
-    assert one.keys() == other.keys()
-    for name in one:
-        assert torch.equal(one[name], other[name]), name
-
-
-def holds(state, wholes):
-    """Each rank looks at its own parts of the whole tensors `wholes`, and all ranks together have all of them."""
-    for name, tensor in state.items():
-        shape, where = place(tensor)
-        assert shape == wholes[name].shape and torch.equal(local_part(tensor), wholes[name][where]), name
-    assert {name for names in gather(list(state)) for name in names} == set(wholes)
 
 
 def in_ranks(folder):
