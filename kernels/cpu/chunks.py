@@ -5,9 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
-
-from .rows import gather
 
 _HALF = (torch.bfloat16, torch.float16)
 CHUNK_BYTES = 4 << 20  # of the widest buffer of a chunk of several experts
@@ -90,58 +87,3 @@ def _rounded(count: int) -> int:
     least = 1 if count <= 8 else 8 if count <= 64 else 16
     step = max(least, 1 << (count.bit_length() - 1) >> 5)
     return -(-count // step) * step
-
-
-class Slots:
-    """The rows of a chunk in its buffers. A single slot is filled from its first row on, and its rest is left out.
-
-    Attributes:
-        live: rows of a buffer that elementwise operations work on.
-        token: (live,) int64, token of each; an empty row has that of a neighbour, to which it adds zero.
-        scale: (live, 1), combine weight of each, zero for empty rows.
-    """
-
-    def __init__(self, chunk: Chunk, token: Tensor, scale: Tensor):
-        self.chunk, self._own = chunk, token[chunk.rows]
-        column = torch.arange(chunk.height, device=token.device, dtype=torch.int32)
-        self._index = torch.arange(self._own.numel(), device=token.device, dtype=torch.int32)
-        if chunk.slots == 1:
-            self.live, self._place = chunk.counts[0], None
-            self._bounds = torch.cat([column, column.new_full((1,), chunk.height)]).clamp_(max=self.live)
-            self.token, self.scale = self._own.long(), scale[chunk.rows]
-            return
-        counts = torch.tensor(chunk.counts, device=token.device, dtype=torch.int32)[:, None]
-        begin = counts.cumsum(0, dtype=torch.int32) - counts
-        bounds = (begin + torch.minimum(column, counts)).flatten()
-        self.live = chunk.size
-        self._bounds = torch.cat([bounds, bounds.new_full((1,), self._own.numel())])
-        self._place = (column < counts).flatten().nonzero().flatten()  # of each assignment in the slots
-        self.token = self._own[(begin + torch.minimum(column, counts - 1)).flatten()].long()
-        self.scale = scale.new_zeros(self.live, 1).index_copy_(0, self._place, scale[chunk.rows])
-
-    def gather(self, source: Tensor) -> Tensor:
-        """The rows of the assignments' tokens, zeros in empty rows: (slots * height, width)."""
-        return gather(source, self._own, self._bounds)
-
-    def full(self, buffer: Tensor) -> Tensor:
-        """Every row of each slot: (slots, height, width)."""
-        return buffer[: self.chunk.size].view(self.chunk.slots, self.chunk.height, buffer.shape[1])
-
-    def by_slot(self, rows: Tensor) -> Tensor:
-        """Live rows (live, width) as (slots, rows, width)."""
-        return rows.view(self.chunk.slots, -1, rows.shape[1])
-
-    def spread(self, rows: Tensor) -> Tensor:
-        """Rows of assignments as live rows, zeros in empty ones."""
-        return rows if self._place is None else gather(rows, self._index, self._bounds)
-
-    def collect(self, live: Tensor, out: Tensor) -> None:
-        """The other way round."""
-        if self._place is None:
-            out.copy_(live)
-        else:
-            torch.index_select(live, 0, self._place, out=out)
-
-    def clear_rest(self, buffer: Tensor) -> None:
-        """Zero what is left out of `live`: it meets zeros in products over rows, and NaN times zero is NaN."""
-        buffer[self.live : self.chunk.size].zero_()
