@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -26,6 +27,7 @@ def peak_bytes(run: Callable[[], object], device: torch.device, times: int = 1) 
     """
     if device.type == "cuda":
         return min(_peak_on_cuda(run, device) for _ in range(times))
+    gc.collect()  # the profiler remembers what earlier measurements allocated, and would count it as released within
     with (
         _silent(),
         torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as seen,
