@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from ...parallel.process import Process
@@ -16,6 +17,7 @@ from .run_folder import RunFolder
 from .throughput import Meter, device_peak
 
 if TYPE_CHECKING:
+    from ...parallel.layout import ResolvedLayout
     from .run_plan import RunPlan
 
 
@@ -36,9 +38,16 @@ def describe_run(plan: RunPlan, data: Data, process: Process) -> list[tuple[str,
             f"{batches.micro_batches} micro-batch{'es' if batches.micro_batches > 1 else ''} a process",
         ),
         ("device", f"{process.world} x {device_name(process.device)}, {trainer.precision}"),
-        ("layout", f"dp_replicate {layout.dp_replicate}, dp_shard {layout.dp_shard}"),
+        ("layout", _layout_in_words(layout)),
         ("steps", f"{trainer.steps:,} ({quantity(trainer.steps * batches.tokens_per_step)} tokens)"),
     ]
+
+
+def _layout_in_words(layout: ResolvedLayout) -> str:
+    """Copies and shards of the model, and what else is cut."""
+    sizes = asdict(layout)
+    always = ("dp_replicate", "dp_shard")
+    return ", ".join(f"{name} {size}" for name, size in sizes.items() if size > 1 or name in always)
 
 
 def header(plan: RunPlan, folder: RunFolder, start: Start, data: Data, process: Process) -> list[tuple[str, str]]:

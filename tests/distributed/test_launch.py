@@ -201,8 +201,9 @@ def test_a_killed_rank_is_started_again_and_the_curve_goes_on_exactly(launch_wit
     code, _, err = launch_with_fault("kill", "--max-restarts", 1, overrides=["run_dir=killed", "trainer.steps=5"])
     assert code == 0, err
     assert (tmp_path / "mark").exists()
-    code, _, err = launch_with_fault("none", overrides=["run_dir=whole", "trainer.steps=5"])
+    code, out, err = launch_with_fault("none", overrides=["run_dir=whole", "trainer.steps=5"])
     assert code == 0, err
+    assert "dp_replicate 1, dp_shard 2, ep 2\n" in out
     assert losses(tmp_path / "killed") == losses(tmp_path / "whole") and len(losses(tmp_path / "whole")) == 5
 
 
