@@ -18,6 +18,26 @@ import pytest
 TESTS = Path(__file__).parent
 FIRST = ("distributed/test_launch.py", "distributed", "tools/test_sweep.py", "test_train.py", "kernels/triton", "tools")
 
+TINY = [
+    "model=tiny",
+    "model.layers=1",
+    "model.width=16",
+    "model.heads=2",
+    "model.kv_heads=1",
+    "model.head_width=null",
+    "model.ffn_width=16",
+    "model.expert_width=16",
+    "model.num_experts=4",
+    "data.sequence_length=32",
+    "data.global_batch_size=4",
+    "trainer.steps=4",
+    "trainer.eval_every=0",
+    "trainer.checkpoint_every=2",
+    "trainer.report=false",
+    "trainer.device=cpu",
+    "schedule.warmup_steps=1",
+]
+
 
 def pytest_collection_modifyitems(items):
     def place(item):
@@ -54,3 +74,19 @@ def warm(warm_python):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "executable", warm_python)
         yield
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory) -> Path:
+    """A folder of text; what training prepares from it is cached beside it."""
+    folder = tmp_path_factory.mktemp("corpus")
+    for number in range(20):
+        words = " ".join(f"word{(number * 7 + i * i) % 13}" for i in range(120))
+        (folder / f"{number:02d}.txt").write_text(words)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny(corpus) -> list[str]:
+    """Overrides of a run that takes a second."""
+    return [*TINY, f"data.path={corpus}", f"data.cache_dir={corpus.parent / 'cache'}"]

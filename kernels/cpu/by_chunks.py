@@ -9,7 +9,7 @@ from ..activations import activate_backward_out, activate_out
 from ..fused_operator import ExpertLayer
 from .chunks import split
 from .rows import TokenSums
-from .slots import Assignments, OneExpert, SeveralExperts
+from .slots import OneExpert, SeveralExperts, slots_of
 
 
 class ByChunks:
@@ -23,8 +23,7 @@ class ByChunks:
         # Off the CPU, sums by token are in a fixed order only if no token comes twice in a chunk.
         self.chunks = split(self.offsets, max(self.width, self.hidden), x.dtype, batch=x.is_cpu)
         self.longest = max((chunk.size for chunk in self.chunks), default=0)
-        scale = layer.weight.to(x.dtype)[:, None]  # mixed dtypes would make the pass several times slower
-        self.assignments = Assignments(layer.token, scale, self.chunks)
+        self.scale = layer.weight.to(x.dtype)[:, None]  # mixed dtypes would make the pass several times slower
         self.w_up = layer.w_in.transpose(1, 2)
 
     def forward(self, save_z: bool) -> tuple[Tensor, Tensor]:
@@ -33,10 +32,9 @@ class ByChunks:
         z_buffer, a_buffer = self._buffer(self.hidden), self._buffer(self.expert_width)
         w_down = layer.w_out.transpose(1, 2)
         sums = TokenSums(x, layer.num_tokens)
-        for at, chunk in enumerate(self.chunks):
-            slots = self.assignments.slots(at)
+        for slots in slots_of(self.chunks, layer.token, self.scale):
             rows = slots.gather(x)
-            z_live = self._pre_activation(slots, rows, z, z_buffer, chunk.rows)
+            z_live = self._pre_activation(slots, rows, z, z_buffer)
             a, y = a_buffer[: slots.live], rows[: slots.live]
             activate_out(layer.activation, z_live, out=a, inner=a)
             a.mul_(slots.scale)
@@ -49,30 +47,27 @@ class ByChunks:
     def backward(self, grad: Tensor, z: Tensor, needs: list[bool]) -> list[Tensor]:
         layer, x = self.layer, self.layer.x
         grads = self._new_gradients(needs)
-        need_x, need_in, _, need_b_in, _, _ = needs
+        need_x, need_in, _, need_b_in, _, need_weight = needs
         sums = TokenSums(x, layer.num_tokens) if need_x else None
-        own_z = self.assignments.cut(z) if z.numel() else None
-        z_buffer = self._buffer(self.hidden if own_z is None else 0)
+        z_buffer = None if z.numel() else self._buffer(self.hidden)
         dz_buffer = self._buffer(self.hidden)
         a_buffer, da_buffer = self._buffer(self.expert_width), self._buffer(self.expert_width)
-        weight_grads = self.assignments.cut(grads[5]) if needs[5] else None
-        for at in range(len(self.chunks)):
-            slots = self.assignments.slots(at)
+        for slots in slots_of(self.chunks, layer.token, self.scale):
             a, da, dz = a_buffer[: slots.live], da_buffer[: slots.live], dz_buffer[: slots.live]
             slots.clear_rest(a_buffer)
             slots.clear_rest(dz_buffer)
-            if own_z is not None:
-                z_live = slots.spread(own_z[at])
+            if z_buffer is None:
+                z_live = slots.spread(z[slots.place])
             else:
-                z_live = self._pre_activation(slots, slots.gather(x), None, z_buffer, self.chunks[at].rows)
+                z_live = self._pre_activation(slots, slots.gather(x), None, z_buffer)
             rows = slots.gather(grad)
             slots.through(rows, layer.w_out, out=da_buffer)  # of the un-weighted activation
             activate_out(layer.activation, z_live, out=a, inner=dz[:, -self.expert_width :])
-            if weight_grads is not None:
+            if need_weight:
                 inner = torch.mul(da, a, out=dz[:, : self.expert_width]).sum(-1, dtype=layer.weight.dtype)
                 if layer.b_out is not None:
                     inner += slots.products(rows[: slots.live], layer.b_out)
-                slots.collect(inner, out=weight_grads[at])
+                slots.collect(inner, out=grads[5][slots.place])
             self._output_gradients(slots, rows, a_buffer, grads, needs)
             if not (need_x or need_in or need_b_in):
                 continue
@@ -110,19 +105,19 @@ class ByChunks:
         return self.layer.x.new_empty(self.longest, width)
 
     def _pre_activation(
-        self, slots: OneExpert | SeveralExperts, rows: Tensor, z: Tensor | None, buffer: Tensor, place: slice
+        self, slots: OneExpert | SeveralExperts, rows: Tensor, z: Tensor | None, buffer: Tensor
     ) -> Tensor:
         """Pre-activation of gathered rows, live rows only; kept in its place in z if that is given.
 
         That of one expert is written there. Its empty rows spill into those of the next expert, which comes later and
         overwrites them.
         """
-        out = buffer
-        if z is not None and isinstance(slots, OneExpert) and place.start + slots.height <= z.shape[0]:
-            out = z[place.start : place.start + slots.height]
+        out, start = buffer, slots.place.start
+        if z is not None and isinstance(slots, OneExpert) and start + slots.height <= z.shape[0]:
+            out = z[start : start + slots.height]
         slots.through(rows, self.w_up, out, self.layer.b_in)
         if z is not None and out is buffer:
-            slots.collect(out[: slots.live], out=z[place])
+            slots.collect(out[: slots.live], out=z[slots.place])
         return out[: slots.live]
 
     def _new_gradients(self, needs: list[bool]) -> list[Tensor]:

@@ -6,7 +6,7 @@ with as few calls as can be, as the calls themselves take time; a chunk of sever
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -15,50 +15,41 @@ from .chunks import Chunk
 from .rows import gather
 
 
-class Assignments:
-    """Token and combine weight of each assignment, cut into chunks.
+def slots_of(chunks: Sequence[Chunk], token: Tensor, scale: Tensor) -> Iterator[OneExpert | SeveralExperts]:
+    """The slots of one chunk after the other.
 
     Args:
-        token: (N,) int32.
-        scale: (N, 1), combine weights.
-        chunks: which cover the first assignments, without a gap.
+        token: (N,) int32, of each assignment.
+        scale: (N, 1), its combine weight.
     """
-
-    def __init__(self, token: Tensor, scale: Tensor, chunks: Sequence[Chunk]):
-        self.sizes = [chunk.rows.stop - chunk.rows.start for chunk in chunks]
-        longest = max((chunk.height for chunk in chunks), default=0)
-        self.steps = torch.arange(longest + 1, device=token.device, dtype=token.dtype)
-        self._chunks, self._index, self._scale = chunks, self.cut(token), self.cut(scale)
-        self._token = self.cut(token.long())
-
-    def cut(self, rows: Tensor) -> Sequence[Tensor]:
-        """The rows of each chunk; those of padding are in none."""
-        return rows[: sum(self.sizes)].split(self.sizes)
-
-    def slots(self, at: int) -> OneExpert | SeveralExperts:
-        chunk = self._chunks[at]
+    long = token.long()
+    steps = torch.arange(max((chunk.height for chunk in chunks), default=0) + 1, device=token.device, dtype=token.dtype)
+    for chunk in chunks:
         kind = OneExpert if chunk.slots == 1 else SeveralExperts
-        return kind(chunk, self._index[at], self._token[at], self._scale[at], self.steps)
+        yield kind(chunk, token[chunk.rows], long[chunk.rows], scale[chunk.rows], steps)
 
 
 class OneExpert:
     """A buffer is filled from its first row on. GEMMs may have more rows, see `chunks`; their rest is left out.
 
     Attributes:
+        place: the chunk's assignments.
+        height: rows of a buffer that GEMMs work on.
         live: rows of a buffer that elementwise operations work on.
         token: (live,) int64, token of each.
         scale: (live, 1), combine weight of each.
     """
 
     def __init__(self, chunk: Chunk, index: Tensor, token: Tensor, scale: Tensor, steps: Tensor):
-        self.live, self.height, self.expert = chunk.counts[0], chunk.height, chunk.runs[0][1].start
+        self.place, self.live, self.height = chunk.rows, chunk.counts[0], chunk.height
+        self._expert = chunk.runs[0][1].start
         self._index, self.token, self.scale = index, token, scale
         self._bounds = steps[: self.height + 1]
         if self.height != self.live:
             self._bounds = self._bounds.clamp(max=self.live)
 
     def gather(self, source: Tensor) -> Tensor:
-        """The rows of the assignments' tokens, zeros in empty rows: (size, width)."""
+        """The rows of the assignments' tokens, zeros in empty rows: (height, width)."""
         return gather(source, self._index, self._bounds)
 
     def spread(self, rows: Tensor) -> Tensor:
@@ -75,45 +66,47 @@ class OneExpert:
             buffer[self.live : self.height].zero_()
 
     def through(self, rows: Tensor, w: Tensor, out: Tensor, bias: Tensor | None = None) -> None:
-        """out = rows @ w[e] + bias[e], w (E, I, O); buffers of at least `size` rows."""
+        """out = rows @ w[e] + bias[e], w (E, I, O)."""
         rows, out = rows[: self.height], out[: self.height]
         if bias is None:
-            torch.mm(rows, w[self.expert], out=out)
+            torch.mm(rows, w[self._expert], out=out)
         else:
-            torch.addmm(bias[self.expert], rows, w[self.expert], out=out)
+            torch.addmm(bias[self._expert], rows, w[self._expert], out=out)
 
     def over_rows(self, left: Tensor, right: Tensor, out: Tensor) -> None:
         """out[e] = left^T @ right, over the rows of expert e."""
-        torch.mm(left[: self.height].t(), right[: self.height], out=out[self.expert])
+        torch.mm(left[: self.height].t(), right[: self.height], out=out[self._expert])
 
     def sum_rows(self, rows: Tensor, out: Tensor) -> None:
         """out[e] = sum over the rows of expert e."""
-        torch.sum(rows[: self.height], 0, out=out[self.expert])
+        torch.sum(rows[: self.height], 0, out=out[self._expert])
 
     def sum_scaled_rows(self, live: Tensor, out: Tensor) -> None:
         """out[e] = sum over the rows of expert e, by their combine weights."""
-        torch.mv(live.t(), self.scale[:, 0], out=out[self.expert])
+        torch.mv(live.t(), self.scale[:, 0], out=out[self._expert])
 
     def add_scaled(self, live: Tensor, bias: Tensor) -> None:
         """live += combine weight * bias[e]."""
-        live.addmm_(self.scale, bias[self.expert][None])
+        live.addmm_(self.scale, bias[self._expert][None])
 
     def products(self, live: Tensor, bias: Tensor) -> Tensor:
         """(live,) inner product of each row with bias[e]."""
-        return torch.mv(live, bias[self.expert])
+        return torch.mv(live, bias[self._expert])
 
 
 class SeveralExperts:
     """A slot of equal height for each expert. See `OneExpert` for what has no word here.
 
     Attributes:
+        live: rows of a buffer, those of GEMMs too.
         token: (live,) int64; an empty row has the token of a neighbour, to which it adds zero.
         scale: (live, 1), zero for empty rows.
     """
 
     def __init__(self, chunk: Chunk, index: Tensor, token: Tensor, scale: Tensor, steps: Tensor):
-        self.runs, self.slots, self.height, self.live = chunk.runs, chunk.slots, chunk.height, chunk.size
-        column = steps[: self.height]
+        self.place, self.live = chunk.rows, chunk.size
+        self._runs, self._slots, self._height = chunk.runs, chunk.slots, chunk.height
+        column = steps[: self._height]
         counts = torch.tensor(chunk.counts, device=steps.device, dtype=steps.dtype)[:, None]
         begin = counts.cumsum(0, dtype=steps.dtype) - counts
         bounds = (begin + torch.minimum(column, counts)).flatten()
@@ -137,7 +130,7 @@ class SeveralExperts:
 
     def through(self, rows: Tensor, w: Tensor, out: Tensor, bias: Tensor | None = None) -> None:
         rows, out = self._by_slot(rows), self._by_slot(out)
-        for run, experts in self.runs:
+        for run, experts in self._runs:
             if bias is None:
                 torch.bmm(rows[run], w[experts], out=out[run])
             else:
@@ -145,28 +138,28 @@ class SeveralExperts:
 
     def over_rows(self, left: Tensor, right: Tensor, out: Tensor) -> None:
         left, right = self._by_slot(left).transpose(1, 2), self._by_slot(right)
-        for run, experts in self.runs:
+        for run, experts in self._runs:
             torch.bmm(left[run], right[run], out=out[experts])
 
     def sum_rows(self, rows: Tensor, out: Tensor) -> None:
-        for run, experts in self.runs:
+        for run, experts in self._runs:
             torch.sum(self._by_slot(rows)[run], 1, out=out[experts])
 
     def sum_scaled_rows(self, live: Tensor, out: Tensor) -> None:
         scale, live = self._by_slot(self.scale).transpose(1, 2), self._by_slot(live)
-        for run, experts in self.runs:
+        for run, experts in self._runs:
             torch.bmm(scale[run], live[run], out=out[experts][:, None])
 
     def add_scaled(self, live: Tensor, bias: Tensor) -> None:
         scale, live = self._by_slot(self.scale), self._by_slot(live)
-        for run, experts in self.runs:
+        for run, experts in self._runs:
             live[run].baddbmm_(scale[run], bias[experts][:, None])
 
     def products(self, live: Tensor, bias: Tensor) -> Tensor:
         live = self._by_slot(live)
-        parts = [torch.bmm(live[run], bias[experts][:, :, None]).flatten() for run, experts in self.runs]
+        parts = [torch.bmm(live[run], bias[experts][:, :, None]).flatten() for run, experts in self._runs]
         return torch.cat(parts)
 
     def _by_slot(self, buffer: Tensor) -> Tensor:
         """Every row of each slot: (slots, height, width)."""
-        return buffer[: self.live].view(self.slots, self.height, buffer.shape[1])
+        return buffer[: self.live].view(self._slots, self._height, buffer.shape[1])

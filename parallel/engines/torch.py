@@ -148,9 +148,8 @@ class TorchEngine:
 
     def _runner(self, parts: Sequence[nn.Module], process: Process, meshes: Meshes, autocast: bool) -> Runner:
         if meshes.pp is not None:
-            from ..pipeline.pipeline import (
-                Pipeline,  # loads torch.distributed.pipelining, which most layouts do not need
-            )
+            # Here, because it loads torch.distributed.pipelining, which most layouts do not need.
+            from ..pipeline.pipeline import Pipeline
 
             context = partial(autocasting, autocast, process.device)
             return Pipeline(parts, meshes, self.schedule, process.device, forward_context=context)

@@ -115,26 +115,10 @@ def run_ranks(start_ranks) -> Start:
     return run
 
 
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    """Overrides of a run that takes a second."""
-    folder = tmp_path_factory.mktemp("corpus")
-    for number in range(20):
-        (folder / f"{number:02d}.txt").write_text(" ".join(f"word{(number * 7 + i * i) % 13}" for i in range(120)))
-    return [
-        *(
-            "model=tiny",
-            "model.layers=1",
-            "model.width=16",
-            "model.heads=2",
-            "model.kv_heads=1",
-            "model.head_width=null",
-        ),
-        *("model.ffn_width=16", "model.expert_width=16", "model.num_experts=4", f"data.path={folder}"),
-        *(f"data.cache_dir={folder.parent / 'cache'}", "data.sequence_length=32", "data.global_batch_size=4"),
-        *("trainer.steps=3", "trainer.eval_every=0", "trainer.checkpoint_every=0", "trainer.report=false"),
-        *("trainer.device=cpu", "schedule.warmup_steps=1"),
-    ]
+@pytest.fixture(scope="session")
+def tiny(tiny):
+    """Overrides of a run that takes a second and writes no checkpoint before its end."""
+    return [*tiny, "trainer.steps=3", "trainer.checkpoint_every=0"]
 
 
 @pytest.fixture(scope="module")

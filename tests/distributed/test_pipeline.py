@@ -209,11 +209,13 @@ def in_ranks(folder):
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory, run_ranks):
-    folder = tmp_path_factory.mktemp("pipeline")
+def found(tmp_path_factory, run_ranks):
+    """What each rank of a world found, by the name of the case."""
+    folder, found = tmp_path_factory.mktemp("pipeline"), {}
     for world in (2, 4):
         run_ranks(world, __file__, "in_ranks", folder)
-    return folder
+        found[world] = [torch.load(folder / f"{world}-{rank}.pt", weights_only=False) for rank in range(world)]
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -238,39 +240,38 @@ CASES = [pytest.param(world, *case, id=f"{world} ranks, {case[0]}") for world in
 
 
 @pytest.mark.parametrize(("world", "name", "schedule", "losses", "count", "checkpointing"), CASES)
-def test_learns_what_one_process_learns(folder, alone, world, name, schedule, losses, count, checkpointing):
+def test_learns_what_one_process_learns(found, alone, world, name, schedule, losses, count, checkpointing):
     there = alone(losses, count)
-    here = [torch.load(folder / f"{world}-{rank}.pt", weights_only=False)[name] for rank in range(world)]
-    for found in here:
-        torch.testing.assert_close(float(found["loss"]), there["loss"], rtol=1e-6, atol=0)
+    here = [rank[name] for rank in found[world]]
+    for own in here:
+        torch.testing.assert_close(float(own["loss"]), there["loss"], rtol=1e-6, atol=0)
         torch.testing.assert_close(
-            [float(loss) for loss in found["evaluation"]],
+            [float(loss) for loss in own["evaluation"]],
             [float(loss) for loss in there["evaluation"]],
             rtol=1e-6,
             atol=0,
         )
-    gradients = {key: gradient for found in here for key, gradient in found["gradients"].items()}
-    assert sum(len(found["gradients"]) for found in here) == len(there["gradients"])  # each parameter on one rank
+    gradients = {key: gradient for own in here for key, gradient in own["gradients"].items()}
+    assert sum(len(own["gradients"]) for own in here) == len(there["gradients"])  # each parameter on one rank
     torch.testing.assert_close({key: gradients[key] for key in there["gradients"]}, there["gradients"])
-    statistics = {key: record for found in here for key, record in found["statistics"].items()}
+    statistics = {key: record for own in here for key, record in own["statistics"].items()}
     assert statistics.keys() == there["statistics"].keys()
     for layer, record in there["statistics"].items():
         torch.testing.assert_close(statistics[layer], record, rtol=1e-5, atol=1e-7)
 
 
-def test_bf16_is_that_of_one_process(folder):
+def test_bf16_is_that_of_one_process(found):
     """Hidden states pass between ranks as they are, so nothing is rounded twice."""
     model = make_part(LOSSES)
     there = learn(run_alone(model, bfloat16), [model], 4)["gradients"]
-    for rank in range(2):
-        here = torch.load(folder / f"2-{rank}.pt", weights_only=False)["bf16"]["gradients"]
+    for rank in found[2]:
+        here = rank["bf16"]["gradients"]
         torch.testing.assert_close(here, {name: there[name] for name in here}, rtol=1e-5, atol=1e-7)
 
 
-def test_received_states_live_as_long_as_the_schedule_needs(folder):
+def test_received_states_live_as_long_as_the_schedule_needs(found):
     """1F1B: at most pp - i micro-batches are in flight on rank i; GPipe: all of them."""
-    held = torch.load(folder / "2-1.pt", weights_only=False)["buffers"]
-    assert held == {"1f1b": 1, "gpipe": 4}
+    assert found[2][1]["buffers"] == {"1f1b": 1, "gpipe": 4}
 
 
 def test_auxiliary_losses_move_gradients(alone):

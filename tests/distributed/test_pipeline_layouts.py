@@ -141,10 +141,11 @@ def in_ranks(folder):
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory, run_ranks):
+def found(tmp_path_factory, run_ranks):
+    """What each rank found, by the name of the case."""
     folder = tmp_path_factory.mktemp("layouts")
     run_ranks(4, __file__, "in_ranks", folder)
-    return folder
+    return [torch.load(folder / f"{rank}.pt") for rank in range(4)]
 
 
 @pytest.fixture(scope="module")
@@ -153,12 +154,12 @@ def alone():
 
 
 @pytest.mark.parametrize("name", [name for name, _, _ in cases()])
-def test_learns_what_one_process_learns(folder, alone, name):
+def test_learns_what_one_process_learns(found, alone, name):
     there = alone["bf16" if name.startswith("bf16") else "fp32"]
     close = {"rtol": 1e-4, "atol": 1e-5}
     names = set()
-    for rank in range(4):
-        here = torch.load(folder / f"{rank}.pt")[name]
+    for rank in found:
+        here = rank[name]
         for key in ("loss", "norm", "counts", "evaluation"):
             torch.testing.assert_close(here[key], there[key], **close, msg=lambda text, key=key: f"{key}: {text}")
         for key in ("gradients 0", "gradients 1", "parameters"):

@@ -5,6 +5,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from scatterfold.parallel.process import gather
+from scatterfold.parallel.shards import local_part
 
 
 def whole(state):
@@ -13,7 +14,7 @@ def whole(state):
     One exchange for all of them: gathering each by itself would be most of a test's time.
     """
     # Arrays pickle ten times faster than tensors, and FSDP cannot free memory that is shared with one.
-    parts = {name: (*place(tensor), local(tensor).detach().clone().numpy()) for name, tensor in state.items()}
+    parts = {name: (*place(tensor), local_part(tensor).detach().clone().numpy()) for name, tensor in state.items()}
     found = {}
     for own in gather(parts):
         for name, (shape, where, part) in own.items():
@@ -33,10 +34,6 @@ def place(tensor):
     return tensor.shape, tuple(slice(start, start + size) for size, start in zip(sizes, starts))
 
 
-def local(tensor):
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
 def same(one, other):
     """Equal to the last bit."""
     assert one.keys() == other.keys()
@@ -48,5 +45,5 @@ def holds(state, wholes):
     """Each rank looks at its own parts of the whole tensors `wholes`, and all ranks together have all of them."""
     for name, tensor in state.items():
         shape, where = place(tensor)
-        assert shape == wholes[name].shape and torch.equal(local(tensor), wholes[name][where]), name
+        assert shape == wholes[name].shape and torch.equal(local_part(tensor), wholes[name][where]), name
     assert {name for names in gather(list(state)) for name in names} == set(wholes)
