@@ -15,6 +15,9 @@ from pathlib import Path
 
 import pytest
 
+# Commands run in the test process, and what they print is read: not what torch's C++ says of sockets and memory there.
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+
 TESTS = Path(__file__).parent
 FIRST = ("distributed/test_launch.py", "distributed", "tools/test_sweep.py", "test_train.py", "kernels/triton", "tools")
 

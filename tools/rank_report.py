@@ -49,7 +49,9 @@ def tell(message: str, code: int) -> None:
     if folder and under_torchrun():
         words = {"rank": rank(), "message": message, "code": code, "time": time.time()}
         try:
-            Path(folder, f"{rank()}.error").write_text(json.dumps(words))
+            unfinished = Path(folder, f"{rank()}.telling")
+            unfinished.write_text(json.dumps(words))
+            unfinished.replace(Path(folder, f"{rank()}.error"))  # whole or not at all: a launcher may end this process
             return
         except OSError:
             pass  # the launcher is gone or its disk is full: say it here

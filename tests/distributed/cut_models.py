@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from meshes_of import meshes_of
 from torch.distributed.tensor import DTensor
 from whole_tensors import whole
 
@@ -165,7 +166,7 @@ def summed_gradient(parameter, meshes):
 
 def write(process, folder, *names):
     for name in names:
-        meshes = LAYOUTS[name].resolve(process.world).meshes("cpu")
+        meshes = meshes_of(LAYOUTS[name], process)
         found = {case: cut(settings, meshes) for case, settings in cases_of(name).items()}
         if process.is_main:
             torch.save(found, Path(folder) / f"{name}.pt")

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from meshes_of import meshes_of
 
 from scatterfold.kernels import CheckpointError
 from scatterfold.moe.build import ModelPlan
@@ -90,7 +91,7 @@ def prepare(process, model, layout, engine, **options):
         "experts": EXPERTS.get(model, {"_target_": "scatterfold.moe.Experts"}),
         "dispatcher": {"_target_": "scatterfold.parallel.dispatchers.AllToAllDispatcher"},
     }
-    plan, meshes = ModelPlan.from_config(config), layout.resolve(process.world).meshes("cpu")
+    plan, meshes = ModelPlan.from_config(config), meshes_of(layout, process)
     with torch.device("meta"):
         parts = plan.make_parts(engine.schedule, "full" if model == "frozen" else "none", meshes)
     plan = sharding_plan(parts)

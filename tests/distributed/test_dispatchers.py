@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from meshes_of import meshes_of
 from torch import nn
 
 from scatterfold.kernels import Routing
@@ -602,7 +603,7 @@ def run_all(folder):
         failures = {}
         for layout in LAYOUTS[process.world]:
             sizes = {"ep2": (2, 1), "ep4": (4, 1), "etp2": (1, 2), "ep2etp2": (2, 2)}[layout]
-            meshes = Layout(ep=sizes[0], etp=sizes[1]).resolve(process.world).meshes("cpu")
+            meshes = meshes_of(Layout(ep=sizes[0], etp=sizes[1]), process)
             place = Place(process.world, process.rank, meshes)
             for name, (function, values) in CASES.items():
                 try:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from meshes_of import meshes_of
 from torch import nn
 from whole_tensors import whole
 
@@ -92,7 +93,7 @@ def build(process, layout, engine, optimizer, **options):
         model,
         optimizer,
         process=process,
-        meshes=layout.resolve(process.world).meshes("cpu"),
+        meshes=meshes_of(layout, process),
         plan=ShardingPlan(units=list(model.blocks), float32=[block.gate for block in model.blocks]),
         seed=3,
         **options,

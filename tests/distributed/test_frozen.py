@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from meshes_of import meshes_of
 from whole_tensors import whole
 
 from scatterfold.moe.build import ModelPlan
@@ -72,7 +73,7 @@ def config_of(model, layout=None):
 
 
 def prepare(process, config, layout, precision="fp32", seed=0):
-    plan, meshes, engine = ModelPlan.from_config(config), layout.resolve(process.world).meshes("cpu"), TorchEngine()
+    plan, meshes, engine = ModelPlan.from_config(config), meshes_of(layout, process), TorchEngine()
     with torch.device("meta"):
         parts = plan.make_parts(engine.schedule, "none", meshes)
     engine = engine.prepare(

@@ -32,6 +32,12 @@ def run(folder, *words, timeout=150, **variables):
     )
 
 
+def only_line(text):
+    """The one line of a text; all of it is in the failure otherwise."""
+    assert text.count("\n") == 1, text
+    return text.strip()
+
+
 def losses(folder):
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [line["loss"] for line in lines if "loss" in line]
@@ -67,7 +73,7 @@ def test_launch_trains_like_one_process_and_keeps_logs_of_ranks(launch, tmp_path
 def test_bad_input_in_ranks_is_one_line_and_leaves_nothing(launch, tmp_path, tiny):
     code, out, err = launch("--nproc-per-node", 2, "train", *tiny, "run_dir=run", "layout.dp_shard=3")
     assert code == 2 and not out
-    (line,) = err.splitlines()
+    line = only_line(err)
     assert line.startswith("scatterfold: layout.dp_shard=3")
     assert not list(tmp_path.iterdir())
 
@@ -78,7 +84,7 @@ def test_a_crash_names_the_rank_and_its_log(launch, tmp_path, tiny, monkeypatch)
     words = ["schedule=constant", "schedule._target_=broken.Broken", "run_dir=run"]
     code, _, err = launch("--nproc-per-node", 1, "train", *tiny, *words)
     assert code == 1
-    (line,) = err.splitlines()
+    line = only_line(err)
     assert "ZeroDivisionError: by design (rank 0" in line
     log = tmp_path / line.split("its traceback is in ")[1].rstrip(")")
     assert "Traceback" in log.read_text() and "by design" in log.read_text()
@@ -192,7 +198,7 @@ def test_when_one_rank_raises_all_end_with_its_words(launch_with_fault, tmp_path
     start = time.monotonic()
     code, _, err = launch_with_fault("raise", overrides=["run_dir=run"])
     assert code == 1 and time.monotonic() - start < 60
-    (line,) = err.splitlines()
+    line = only_line(err)
     assert "ZeroDivisionError: by design (rank 1; its traceback is in run/logs/rank-1.err)" in line
     assert "by design" in (tmp_path / "run" / "logs" / "rank-1.err").read_text()
 
@@ -210,7 +216,7 @@ def test_a_killed_rank_is_started_again_and_the_curve_goes_on_exactly(launch_wit
 def test_a_rank_that_hangs_is_named_with_its_stack(launch_with_fault, tmp_path):
     code, _, err = launch_with_fault("hang", overrides=["run_dir=run", "trainer.hang_timeout_s=6"])
     assert code == 1
-    (line,) = err.splitlines()
+    line = only_line(err)
     assert "rank 1 hangs at" in line and "faults.py" in line and "rank 0 waits in" in line
     assert "time.sleep(0.1)" in (tmp_path / "run" / "logs" / "rank-1.err").read_text()
 
@@ -219,7 +225,7 @@ def test_a_collective_that_a_rank_never_joins_ends_the_run(launch_with_fault, tm
     words = ["run_dir=run", "communication.timeout_s=5", "communication.flight_recorder=20"]
     code, _, err = launch_with_fault("late", overrides=words)
     assert code == 1
-    (line,) = err.splitlines()
+    line = only_line(err)
     # Rank 0 in step 2, or on a busy machine either of them before.
     found = re.search(
         r"CollectiveTimeout: rank (\d) waited 5 s \(communication\.timeout_s\) in \w+ at \S+:\d+ \(", line
@@ -317,6 +323,6 @@ def test_what_cannot_be_launched_is_one_line(tmp_path, tiny, capfd, monkeypatch)
     ):
         capfd.readouterr()
         assert main(["launch", *map(str, words)]) == 2
-        (line,) = capfd.readouterr().err.splitlines()
+        line = only_line(capfd.readouterr().err)
         assert expected in line
     assert not list(tmp_path.iterdir())

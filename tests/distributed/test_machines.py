@@ -145,5 +145,6 @@ def test_machines_that_do_not_meet(start, launcher, tmp_path, tiny, choose_port)
     alone = start([*launcher, *flags, "--rdzv-conf", "join_timeout=2", "train", *tiny, "run_dir=run"])
     _, err = alone.communicate(timeout=400)
     assert alone.returncode == 1
-    (line,) = err.splitlines()
+    assert err.count("\n") == 1, err
+    line = err
     assert line.startswith("scatterfold: the machines of this run did not meet at localhost:")

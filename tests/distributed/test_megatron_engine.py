@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from meshes_of import meshes_of
 
 from scatterfold.kernels import CheckpointError
 from scatterfold.moe.build import ModelPlan
@@ -83,7 +84,7 @@ def config_of(model):
 
 
 def prepare(process, model, layout, engine, seed=0, precision="fp32", **trainer):
-    plan, meshes = ModelPlan.from_config(config_of(model)), layout.resolve(process.world).meshes("cpu")
+    plan, meshes = ModelPlan.from_config(config_of(model)), meshes_of(layout, process)
     settings, maker = trainer_of(precision=precision, **trainer), maker_of(engine)
     maker.check_model(plan, settings, meshes.layout)
     place = {"process": process, "meshes": meshes}

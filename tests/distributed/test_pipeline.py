@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from meshes_of import meshes_of
 
 from scatterfold.kernels import ConfigError
 from scatterfold.moe.build import ModelPlan
@@ -186,7 +187,7 @@ def check_errors(process, pipeline, part, micro_batches):
 
 def in_ranks(folder):
     with running("cpu", timeout_s=60) as process:
-        meshes = Layout(pp=process.world).resolve(process.world).meshes("cpu")
+        meshes = meshes_of(Layout(pp=process.world), process)
         found = {}
         for name, schedule, losses, count, checkpointing in cases(process.world):
             pipeline, parts = make_pipeline(process, meshes, schedule, losses, checkpointing)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from meshes_of import meshes_of
 from whole_tensors import whole
 
 from scatterfold.moe.build import ModelPlan
@@ -134,7 +135,7 @@ def in_ranks(folder):
     with running("cpu", timeout_s=60) as process:
         found = {}
         for name, layout, options in cases():
-            meshes = layout.resolve(process.world).meshes("cpu")
+            meshes = meshes_of(layout, process)
             found[name] = learn(prepare(process, meshes, **options), meshes)
         torch.save(found, Path(folder) / f"{process.rank}.pt")
         barrier()

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from meshes_of import meshes_of
 
 from scatterfold.moe.context import StepContext
 from scatterfold.moe.inject import inject_gradient
@@ -50,7 +51,7 @@ def decisions(routing):
 
 def compare(process, name, layout):
     cp, tp = LAYOUTS[layout]
-    meshes = Layout(cp=cp, tp=tp).resolve(process.world).meshes("cpu")
+    meshes = meshes_of(Layout(cp=cp, tp=tp), process)
     hidden = torch.randn(B, S, D, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     hidden[:, :, 0] += 1.0  # so that some experts are wanted more
     mine = positions(cp, tp, meshes.coordinates)

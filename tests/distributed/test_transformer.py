@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from meshes_of import meshes_of
 from whole_tensors import holds, same, whole
 
 from scatterfold.kernels import CheckpointError
@@ -103,7 +104,7 @@ OPTIMIZERS = {"sgd": sgd, "adamw": AdamW(lr=0.01)}
 
 
 def prepare(process, layout, optimizer="adamw", seed=0, checkpointing="none", **options):
-    plan, meshes, engine = ModelPlan.from_config(CONFIG), layout.resolve(process.world).meshes("cpu"), TorchEngine()
+    plan, meshes, engine = ModelPlan.from_config(CONFIG), meshes_of(layout, process), TorchEngine()
     with torch.device("meta"):
         parts = plan.make_parts(engine.schedule, checkpointing, meshes)
     make = OPTIMIZERS[optimizer]
@@ -168,8 +169,6 @@ def in_ranks(folder):
             engine = prepare(process, layout)
             found["adamw"], found["adamw weights"] = learn(engine), weights(engine)
             if name in WRITERS[process.world]:
-                recomputing = prepare(process, layout, "sgd", checkpointing="selective")
-                found["recomputed"] = learn(recomputing, 1)
                 found["bf16"] = learn(prepare(process, layout, precision="bf16"), 1, size=1)
                 write(folder / name, engine, found, process, layout)
             if process.is_main:
@@ -195,7 +194,7 @@ def write(folder, engine, found, process, layout):
         torch.save(saved, folder.with_name(f"{folder.name} state.pt"))
     found["after"] = learn(engine, 2, STEPS)["loss"]
     keep.wait()
-    resumed = prepare(process, layout, seed=1)
+    resumed = prepare(process, layout, seed=1, checkpointing="selective")
     resumed.load(folder / f"step-{STEPS}")
     holds(resumed.state_dict(), saved)
     found["resumed"] = learn(resumed, 2, STEPS)["loss"]
@@ -287,13 +286,6 @@ def test_layout_learns_what_one_process_learns(folder, world, name):
     assert list(here["sgd"]["by_name"]) == list(there["sgd"]["by_name"])
 
 
-@pytest.mark.parametrize("name", [name for world in WRITERS for name in WRITERS[world]])
-def test_recomputation_changes_nothing(folder, name):
-    here, there = torch.load(folder / f"{name}.pt")["recomputed"], torch.load(folder / "alone.pt")["sgd"]
-    for key in ("loss", "norm", "counts", "gradients"):
-        torch.testing.assert_close(here[key][0], there[key][0], rtol=1e-4, atol=1e-6)
-
-
 def test_the_layers_load_their_experts_unevenly(folder):
     """Otherwise, the tests above could not tell experts apart."""
     counts = torch.stack(torch.load(folder / "alone.pt")["sgd"]["counts"])
@@ -316,7 +308,8 @@ def test_bf16_is_the_same_in_every_layout_that_cuts_no_sum(folder, name):
 
 
 @pytest.mark.parametrize("name", [name for world in WRITERS for name in WRITERS[world]])
-def test_resume_is_exact(folder, name):
+def test_resume_is_exact_and_so_is_recomputation(folder, name):
+    """Those that resume compute activations twice. Here are losses; the ranks have compared every bit of the state."""
     found = torch.load(folder / f"{name}.pt")
     assert found["after"] == found["resumed"]
 

@@ -298,11 +298,17 @@ def test_peak_memory_sees_temporaries_inside_operators():
     x = torch.zeros(10)
     before = torch.zeros(1000)
 
+    def measured_before():
+        nonlocal earlier
+        earlier = torch.empty(1000)
+
     def run():
-        nonlocal before
-        before = None  # released, but not allocated, within: does not count
+        nonlocal before, earlier
+        before = earlier = None  # released, but not allocated, within: does not count
         return temporary(x)
 
+    earlier = None
+    assert peak_bytes(measured_before, CPU) == 4000
     assert peak_bytes(run, CPU) == 4 * 250_000
     assert peak_bytes(lambda: torch.empty(1000), CPU) == 4000
     sizes = iter((3000, 1000, 2000))

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._profiler import _EventType
 
 from .case import Layer
 from .shapes import Shape
@@ -27,7 +27,6 @@ def peak_bytes(run: Callable[[], object], device: torch.device, times: int = 1) 
     """
     if device.type == "cuda":
         return min(_peak_on_cuda(run, device) for _ in range(times))
-    gc.collect()  # the profiler remembers what earlier measurements allocated, and would count it as released within
     with (
         _silent(),
         torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as seen,
@@ -37,10 +36,14 @@ def peak_bytes(run: Callable[[], object], device: torch.device, times: int = 1) 
                 kept = run()
             del kept
     results: Any = seen.profiler.kineto_results  # type: ignore[union-attr]
-    events = list(results.events())
-    changes = [(event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"]
-    starts = sorted(event.start_ns() for event in events if event.name() == _RUN)
-    return _least_peak(changes, starts)
+    changes: list[tuple[int, int, int]] = []
+    starts: list[int] = []
+    for event in _with_children(results.experimental_event_tree()):
+        if event.tag == _EventType.Allocation:
+            changes.append((event.start_time_ns, event.extra_fields.ptr, event.extra_fields.alloc_size))
+        elif event.name == _RUN:
+            starts.append(event.start_time_ns)
+    return _least_peak(sorted(changes), sorted(starts))
 
 
 _RUN = "scatterfold::peak_bytes"
@@ -57,15 +60,32 @@ def _peak_on_cuda(run: Callable[[], object], device: torch.device) -> int:
     return peak
 
 
-def _least_peak(changes: list[tuple[int, int]], starts: list[int]) -> int:
-    """Of changes (time, bytes) the most that is held after each start, and of these the least."""
+def _with_children(events: Iterable[Any]) -> Iterator[Any]:
+    for event in events:
+        yield event
+        yield from _with_children(event.children)
+
+
+def _least_peak(changes: list[tuple[int, int, int]], starts: list[int]) -> int:
+    """Of changes (time, address, bytes) the most that is held after each start, and of these the least.
+
+    What is released without having been allocated since the first start was there before, and does not count: the
+    profiler reports it where an earlier measurement in this process saw its address.
+    """
     peaks = [0] * len(starts)
-    held = at = 0
-    for time, size in sorted(changes, key=lambda change: change[0]):
-        held += size
+    held: set[int] = set()
+    total = at = 0
+    for time, address, size in changes:
+        if size > 0:
+            held.add(address)
+        elif address in held:
+            held.remove(address)
+        else:
+            continue
+        total += size
         while at + 1 < len(starts) and time >= starts[at + 1]:
             at += 1
-        peaks[at] = max(peaks[at], held)
+        peaks[at] = max(peaks[at], total)
     return min(peaks)
 
 
