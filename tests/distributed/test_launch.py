@@ -5,7 +5,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -17,7 +16,6 @@ from scatterfold.tools.sweep.trial import DROPPED, FINISHED, Trial
 pytestmark = [pytest.mark.distributed, pytest.mark.usefixtures("warm")]
 
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
-COLD_PYTHON = sys.executable
 SCATTERFOLD = ["-m", "scatterfold.tools.cli"]
 
 
@@ -119,8 +117,8 @@ def test_a_signal_reaches_the_ranks_which_save(warm_python, tmp_path, tiny, numb
     assert len(losses(tmp_path / "run")) == step
 
 
-def test_torchrun_runs_the_module_in_one_folder(tmp_path, tiny):
-    torchrun = [COLD_PYTHON, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2]
+def test_torchrun_runs_the_module_in_one_folder(warm_python, tmp_path, tiny):
+    torchrun = [warm_python, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2]
     done = run(tmp_path, *torchrun, "-m", "scatterfold.tools.train", *tiny)
     assert done.returncode == 0, done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["runs"]

@@ -25,7 +25,8 @@ from scatterfold.parallel.process import barrier, running, sum_over_ranks
 
 pytestmark = pytest.mark.distributed
 
-ROWS, LENGTH, VOCAB, WIDTH, LAYERS = 2, 12, 29, 16, 9
+ROWS, LENGTH, VOCAB, WIDTH = 2, 12, 29, 16
+LAYERS = {2: 5, 4: 9}  # by ranks: two stages each, and one more, so that stages are unequal
 BALANCE, SEQUENCE, GLOBAL, Z = "balance_micro_batch", "balance_sequence", "balance_global_batch", "z_loss"
 LOSSES = {BALANCE: 0.1, SEQUENCE: 0.1, GLOBAL: 0.1, Z: 0.05}
 SCHEDULES = {
@@ -39,12 +40,12 @@ SCHEDULES = {
 STEPS = 2
 
 
-def plan(**losses):
+def plan(layers, **losses):
     return ModelPlan.from_config(
         {
             "model": {
                 "vocab_size": VOCAB,
-                "layers": LAYERS,
+                "layers": layers,
                 "width": WIDTH,
                 "heads": 2,
                 "kv_heads": 1,
@@ -68,10 +69,10 @@ def plan(**losses):
     )
 
 
-def make_part(losses, layers=None, checkpointing="none"):
+def make_part(losses, layers, held=None, checkpointing="none"):
     """A part of the model, or all of it; biases skew the routing."""
-    described = plan(**losses)
-    part = Transformer(described.config, described.make_router, described.make_experts, None, checkpointing, 3, layers)
+    described = plan(layers, **losses)
+    part = Transformer(described.config, described.make_router, described.make_experts, None, checkpointing, 3, held)
     for _, layer in part.moe_layers():
         layer.router.bias.data.copy_(torch.linspace(0.0, 1.0, 5))
     return part
@@ -147,9 +148,10 @@ def cases(world):
 
 
 def make_pipeline(process, meshes, schedule, losses=LOSSES, checkpointing="none", **options):
-    split = split_layers([1.0] * LAYERS, schedule.stages(process.world), last=1.0)
+    layers = LAYERS[process.world]
+    split = split_layers([1.0] * layers, schedule.stages(process.world), last=1.0)
     held = schedule.stages_of(process.rank, process.world)
-    parts = [make_part(losses, split[stage], checkpointing) for stage in held]
+    parts = [make_part(losses, layers, split[stage], checkpointing) for stage in held]
     return Pipeline(parts, meshes, schedule, process.device, **options), parts
 
 
@@ -221,13 +223,13 @@ def found(tmp_path_factory, run_ranks):
 
 @pytest.fixture(scope="module")
 def alone():
-    """What one process finds, by auxiliary losses and number of micro-batches."""
+    """What one process finds, by layers, auxiliary losses and number of micro-batches."""
     found = {}
 
-    def get(losses, count):
-        key = tuple(losses.items()), count
+    def get(layers, losses, count):
+        key = layers, tuple(losses.items()), count
         if key not in found:
-            model = make_part(losses)
+            model = make_part(losses, layers)
             found[key] = learn(run_alone(model), [model], count)
             model.eval()
             with torch.no_grad():
@@ -242,7 +244,7 @@ CASES = [pytest.param(world, *case, id=f"{world} ranks, {case[0]}") for world in
 
 @pytest.mark.parametrize(("world", "name", "schedule", "losses", "count", "checkpointing"), CASES)
 def test_learns_what_one_process_learns(found, alone, world, name, schedule, losses, count, checkpointing):
-    there = alone(losses, count)
+    there = alone(LAYERS[world], losses, count)
     here = [rank[name] for rank in found[world]]
     for own in here:
         torch.testing.assert_close(float(own["loss"]), there["loss"], rtol=1e-6, atol=0)
@@ -263,7 +265,7 @@ def test_learns_what_one_process_learns(found, alone, world, name, schedule, los
 
 def test_bf16_is_that_of_one_process(found):
     """Hidden states pass between ranks as they are, so nothing is rounded twice."""
-    model = make_part(LOSSES)
+    model = make_part(LOSSES, LAYERS[2])
     there = learn(run_alone(model, bfloat16), [model], 4)["gradients"]
     for rank in found[2]:
         here = rank["bf16"]["gradients"]
@@ -277,10 +279,10 @@ def test_received_states_live_as_long_as_the_schedule_needs(found):
 
 def test_auxiliary_losses_move_gradients(alone):
     """Each of them alone, and by more than the tolerance: a lost one would be seen."""
-    without = alone({}, 4)["gradients"]
+    without = alone(LAYERS[2], {}, 4)["gradients"]
     for loss, coefficient in LOSSES.items():
-        moved = alone({loss: coefficient}, 4)["gradients"]
-        for layer in (1, LAYERS - 1):
+        moved = alone(LAYERS[2], {loss: coefficient}, 4)["gradients"]
+        for layer in (1, LAYERS[2] - 1):
             name = f"blocks.{layer}.mlp.router.weight"
             assert (moved[name] - without[name]).abs().max() > 1e-3 * without[name].abs().max(), (loss, layer)
 
