@@ -6,10 +6,8 @@ to do.
 """
 
 import os
-import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -51,24 +49,33 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(scope="session")
-def warm_python():
-    """Path of an interpreter whose imports are done: see nursery/server.py. One for all modules of a test process."""
-    folder = Path(tempfile.mkdtemp(prefix="nursery_"))  # short: a socket's path has 100 characters at most
+def warm_python(tmp_path_factory):
+    """Path of an interpreter whose imports are done: see nursery/server.py. One for all test processes of a run."""
+    in_one_of_many = "PYTEST_XDIST_WORKER" in os.environ
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if in_one_of_many else base) / "nursery"
     python, sockets = folder / "python", folder / "socket"
-    python.write_text(f"#!{sys.executable} -IS\n{(TESTS / 'nursery' / 'python.py').read_text()}")
-    python.chmod(0o755)
-    server = subprocess.Popen(
-        [sys.executable, TESTS / "nursery" / "server.py", sockets, python],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdin=subprocess.PIPE,
-    )
+    try:
+        folder.mkdir()
+    except FileExistsError:
+        pass  # another test process starts it
+    else:
+        python.write_text(f"#!{sys.executable} -IS\n{(TESTS / 'nursery' / 'python.py').read_text()}")
+        python.chmod(0o755)
+        owner = os.getppid() if in_one_of_many else os.getpid()
+        subprocess.Popen(
+            [sys.executable, TESTS / "nursery" / "server.py", sockets, python, str(owner)],
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=(folder / "errors").open("w"),
+            start_new_session=True,
+        )
+    deadline = time.monotonic() + 120
     while not sockets.exists():
-        assert server.poll() is None, "the nursery could not start"
+        assert time.monotonic() < deadline, f"the nursery could not start: {(folder / 'errors').read_text()}"
         time.sleep(0.01)
-    yield str(python)
-    server.stdin.close()
-    server.wait(timeout=30)
-    shutil.rmtree(folder)
+    return str(python)
 
 
 @pytest.fixture(scope="module")

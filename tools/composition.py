@@ -207,7 +207,7 @@ def session(request: Request) -> Iterator[Session]:
         path.append("command-line", f"file://{request.config_dir}", anchor=SearchPathQuery("main", None))
     try:
         hydra = Hydra.create_main_hydra2("scatterfold", path)
-        with choices_of_folder(hydra, request) as of_folder:
+        with choices_of_folder(hydra, request, CONFIGS) as of_folder:
             yield Session(hydra, request, of_folder)
     finally:
         GlobalHydra.instance().clear()

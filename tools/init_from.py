@@ -25,12 +25,15 @@ KEY = "init_from"
 
 
 @contextmanager
-def choices_of_folder(hydra: Hydra, request: Request) -> Iterator[tuple[str, ...]]:
+def choices_of_folder(hydra: Hydra, request: Request, configs: Path) -> Iterator[tuple[str, ...]]:
     """The overrides that choose what lies in the folder; none where the user begins with none or chose a model.
+
+    Args:
+        configs: the package's own files, among which a user may have put an experiment.
 
     Raises: CheckpointError, ConfigError or DataError if the folder holds no model that can be opened.
     """
-    stated = _Stated.of(hydra, request)
+    stated = _Stated.of(hydra, request) if _may_begin_with_folder(request, configs) else None
     source = None if stated is None or stated.chooses("model") else stated.value(KEY)
     if stated is None or not isinstance(source, str):
         yield ()
@@ -51,6 +54,15 @@ def choices_of_folder(hydra: Hydra, request: Request) -> Iterator[tuple[str, ...
     finally:
         for group in taken:
             store.repo[group].pop(f"{KEY}.yaml", None)
+
+
+def _may_begin_with_folder(request: Request, configs: Path) -> bool:
+    """False where no word and no file could name a folder: listing the chosen files takes as long as composing."""
+    if request.config_path is not None or request.config_dir is not None:
+        return True
+    if any(KEY in word or "searchpath" in word for word in request.overrides):
+        return True
+    return any(KEY in path.read_text().replace(f"{KEY}: null", "") for path in configs.rglob("*.yaml"))
 
 
 class _Stated:

@@ -4,7 +4,7 @@ Imports are most of the seconds that a small run takes, and the suite starts hun
 this file looks like an interpreter to whoever starts it, and asks this process to be it. What runs is a process of its
 own, as ever: only its imports were done before.
 
-    python server.py SOCKET INTERPRETER     ends when its standard input does
+    python server.py SOCKET INTERPRETER OWNER     ends when the process of the number OWNER does
 
 One connection is one process: a line of JSON with three file descriptors comes in, and out go two lines, the number of
 the process and later its wait status. A client that has gone takes its process with it.
@@ -25,6 +25,7 @@ import sys
 import threading
 import traceback
 import types
+from contextlib import suppress
 
 PRELOADED = (
     "numpy",
@@ -60,7 +61,7 @@ def preload() -> None:
     _modules()  # megatron-core's datasets, which training imports when it opens its data
 
 
-def serve(path: str, interpreter: str) -> None:
+def serve(path: str, interpreter: str, owner: int) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job's children would ignore it
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(f"{path}.new")
@@ -69,16 +70,17 @@ def serve(path: str, interpreter: str) -> None:
     gc.collect()
     gc.freeze()  # pages that no collection touches stay shared
     while True:
-        ready, _, _ = select.select([listener, sys.stdin], [], [])
-        if sys.stdin in ready:
+        ready, _, _ = select.select([listener, owner], [], [])
+        if owner in ready:
             return
         connection, _ = listener.accept()
         if os.fork() == 0:
             listener.close()
             supervise(connection, interpreter)
         connection.close()
-        while os.waitpid(-1, os.WNOHANG)[0]:
-            pass
+        with suppress(ChildProcessError):  # none is left
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
 
 
 def supervise(connection: socket.socket, interpreter: str) -> None:
@@ -162,5 +164,6 @@ def run(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    owner = os.pidfd_open(int(sys.argv[3]))
     preload()
-    serve(*sys.argv[1:])
+    serve(*sys.argv[1:3], owner)

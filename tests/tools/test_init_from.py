@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from scatterfold.moe.interop import open_model, write_model
+from scatterfold.tools import composition
 from scatterfold.tools.init_from import KEY
 from scatterfold.tools.request import Request
 from scatterfold.tools.train import _compose
@@ -85,7 +86,7 @@ def test_what_the_user_chooses_is_not_taken_from_the_folder(export, data):
     assert only_router["model"]["width"] == 16 and only_router["router"]["top_k"] == 1
 
 
-def test_an_experiment_or_a_file_of_ones_own_may_choose_the_model(export, data, tmp_path, finished_run):
+def test_an_experiment_or_a_file_of_ones_own_may_choose_the_model(export, data, tmp_path, finished_run, monkeypatch):
     demo = compose(*data, "experiment=demo", f"init_from={export}")
     assert demo["model"] == compose(*data, "experiment=demo")["model"]
     dense = compose(*data, "experiment=dense_baseline", f"init_from={export}")
@@ -98,6 +99,10 @@ def test_an_experiment_or_a_file_of_ones_own_may_choose_the_model(export, data, 
     own.write_text("# @package _global_\n# Mine.\nmodel:\n  layers: 3\n")
     mine = compose(*data, "--config-dir", tmp_path, "experiment=own", f"init_from={export}")
     assert mine["model"]["layers"] == 3 and mine["model"]["width"] == 128
+    configs = shutil.copytree(composition.CONFIGS, tmp_path / "configs")
+    (configs / "experiment" / "own.yaml").write_text(f"# @package _global_\n# Ours.\ninit_from: {export}\n")
+    monkeypatch.setattr(composition, "CONFIGS", configs)
+    assert compose(*data, "experiment=own")["router"] == THRESHOLD
     rerun = compose("--config-path", finished_run, f"init_from={export}")
     assert rerun["router"] == config_of(finished_run)["router"]  # its config.yaml states a model
 

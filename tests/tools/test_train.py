@@ -27,6 +27,12 @@ def test_a_run_goes_to_a_folder_named_after_the_time_and_nowhere_else(scatterfol
     assert yaml.safe_load((run / "config.yaml").read_text())["run_dir"] == f"runs/{run.name}"
 
 
+def test_a_new_interpreter_imports_all_that_it_needs(spawn, tmp_path, tiny):
+    outcome = spawn(tmp_path, "train", *tiny, "run_dir=run", "logger.display=none")
+    assert outcome.code == 0 and not outcome.err
+    assert (tmp_path / "run" / "metrics.jsonl").stat().st_size
+
+
 def test_a_finished_run_is_run_again_in_a_new_folder(scatterfold, tmp_path, finished_run):
     outcome = scatterfold("train", "--config-path", finished_run, "logger.display=none")
     assert outcome.code == 0
