@@ -45,6 +45,7 @@ setup(
     packages=["scatterfold", *(f"scatterfold.{package}" for package in PACKAGES)],
     package_data={
         "scatterfold": ["configs/*.yaml", "configs/*/*.yaml", "tools/hydra_path/hydra_plugins/*/*.py", "LICENSE"],
+        "scatterfold.kernels.native": ["*.cpp", "*.hpp"],
     },
     install_requires=[
         "torch>=2.11",

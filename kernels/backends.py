@@ -13,6 +13,7 @@ from . import availability, quack_backend
 from .availability import FLOATS, VARIABLE, triton_refuses
 from .cpu import moe_mlp_cpu
 from .errors import ConfigError
+from .native import moe_mlp_native, native_is_faster, native_refuses
 from .reference import moe_mlp_reference
 from .torch_backend import fits_grouped_mm, moe_mlp_torch
 
@@ -27,6 +28,7 @@ BACKENDS: dict[str, Callable[..., Tensor]] = {
     "triton": _moe_mlp_triton,
     "quack": quack_backend.moe_mlp_quack,
     "torch": moe_mlp_torch,
+    "native": moe_mlp_native,
     "cpu": moe_mlp_cpu,
     "reference": moe_mlp_reference,
 }
@@ -50,6 +52,11 @@ def choose_backend(device: torch.device, dtype: torch.dtype, width: int, expert_
         if forced not in BACKENDS:
             raise ConfigError(f"{VARIABLE}={forced!r} is unknown, allowed: {', '.join(BACKENDS)}")
         return Choice(forced, f"forced by {VARIABLE}")
+    if device.type == "cpu" and native_is_faster(dtype, expert_width):
+        refused = native_refuses(device, dtype)
+        if refused is None:
+            return Choice("native", "C++ kernels, compiled for this processor")
+        return Choice("cpu", f"one GEMM per expert, because {refused}")
     if device.type != "cuda":
         return Choice("cpu", f"one GEMM per expert is the fastest on {device.type}")
     quack_serves = quack_backend.quack_refuses(device, dtype, width, expert_width) is None
@@ -70,6 +77,8 @@ def check_serves(backend: str, x: Tensor) -> None:
     """Raise ConfigError if this backend cannot run on a tensor like x."""
     if backend == "triton" and (refused := _triton_refuses(x.device, x.dtype)):
         raise ConfigError(f"experts.backend='triton' cannot run: {refused}")
+    if backend == "native" and (refused := native_refuses(x.device, x.dtype)):
+        raise ConfigError(f"experts.backend='native' cannot run: {refused}")
     if backend == "quack" and (refused := quack_backend.quack_refuses(x.device, x.dtype, x.shape[1])):
         raise ConfigError(f"experts.backend='quack' cannot run: {refused}")
 

@@ -5,6 +5,8 @@ import torch
 
 from scatterfold.kernels import ConfigError, availability
 from scatterfold.kernels.backends import BACKENDS, check_serves, choose_backend
+from scatterfold.kernels.native import refusal
+from scatterfold.kernels.native.build import BuildError
 
 CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
 
@@ -17,8 +19,22 @@ def hopper(monkeypatch):
     monkeypatch.setattr(availability, "TRITON_IS_PROVEN", True)
 
 
-def test_cpu_takes_one_gemm_per_expert():
-    assert choose_backend(CPU, torch.bfloat16, 512, 256).backend == "cpu"
+def test_cpu_takes_cpp_kernels_for_fine_experts_and_where_it_cannot_multiply_bfloat16(monkeypatch):
+    monkeypatch.setattr(refusal, "library", lambda: None)
+    for flags, of_bfloat16 in (({"avx2"}, "native"), ({"avx2", "avx512_bf16"}, "cpu"), ({"amx_bf16"}, "cpu")):
+        monkeypatch.setattr(refusal, "processor_flags", lambda flags=flags: flags)
+        assert choose_backend(CPU, torch.bfloat16, 512, 1024).backend == of_bfloat16
+        assert choose_backend(CPU, torch.float32, 512, 256).backend == "native"
+        assert choose_backend(CPU, torch.float32, 512, 1024).backend == "cpu"
+        assert choose_backend(CPU, torch.float64, 512, 256).backend == "cpu"
+
+
+def test_without_a_compiler_one_gemm_per_expert(monkeypatch):
+    monkeypatch.setattr(refusal, "library", lambda: BuildError("there is no C++ compiler"))
+    choice = choose_backend(CPU, torch.float32, 512, 256)
+    assert choice.backend == "cpu" and choice.why == "one GEMM per expert, because there is no C++ compiler"
+    with pytest.raises(ConfigError, match="experts.backend='native' cannot run: there is no C"):
+        check_serves("native", torch.zeros(1))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -89,4 +105,4 @@ def test_a_device_that_cannot_builds_no_tables(reason, monkeypatch):
 
 
 def test_what_can_be_chosen_is_in_the_table():
-    assert {"triton", "quack", "torch", "cpu", "reference"} == set(BACKENDS)
+    assert {"triton", "quack", "torch", "native", "cpu", "reference"} == set(BACKENDS)

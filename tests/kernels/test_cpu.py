@@ -23,13 +23,13 @@ class Problem(ExpertProblem):
 
     function = staticmethod(moe_mlp_cpu)
 
-    def __init__(self, counts=(5, 0, 4, 6), activation="swiglu", dtype=torch.float32, bias=True, padding=5, width=16):
+    def __init__(self, counts=(5, 0, 4, 6), activation="swiglu", dtype=torch.float32, bias=True, padding=5, **widths):
         generator = torch.Generator().manual_seed(0)
         tokens = max(counts) + 3
         chosen = [torch.randperm(tokens - 1, generator=generator)[:count] for count in counts]  # never the last token
         expert = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
         pairs = torch.cat(chosen), expert
-        super().__init__(pairs, tokens, len(counts), generator, activation, dtype, bias, padding, width)
+        super().__init__(pairs, tokens, len(counts), generator, activation, dtype, bias, padding, **widths)
 
 
 @pytest.mark.parametrize("recompute", ["none", "all"])

@@ -1,0 +1,109 @@
+"""The two passes of `moe_mlp_native`: what `moe_mlp.cpp` is given, and what it gives back.
+
+Saved for backward as by every backend: x, the pre-activation z (N, 2F) and the routing tables. Temporaries are those of
+a chunk of rows of one expert. Everything is computed in float32; with bfloat16 inputs, z and results are rounded.
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from ..activations import GATED, is_gated
+from ..cpu.passes import backward_pass as backward_by_torch
+from ..cpu.passes import forward_pass as forward_by_torch
+from ..fused_operator import ExpertLayer, fused_operator
+from .build import BuildError, library
+
+KINDS = ("silu", "gelu", "relu", "relu2", "clamped_swish")  # numbers of `Activation` in activations.hpp
+CHUNK_BYTES = 4 << 20  # of the widest buffer of a chunk, in float32
+LONGEST_CHUNK = 1024
+# Fewer rows an expert than this, and copying its weights into panels takes longer than the products.
+FEWEST_ROWS = 16
+
+
+class _Layer(ctypes.Structure):
+    """`Layer` of moe_mlp.cpp."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("tokens", "experts", "width", "hidden", "expert_width", "rows")),
+        *((name, ctypes.c_int32) for name in ("activation", "gated", "threads", "has_z")),
+        *((name, ctypes.c_void_p) for name in ("x", "w_in", "w_out", "b_in", "b_out", "weight", "token", "offsets")),
+        *((name, ctypes.c_void_p) for name in ("z", "out", "grad", "grad_x", "grad_w_in", "grad_w_out")),
+        *((name, ctypes.c_void_p) for name in ("grad_b_in", "grad_b_out", "grad_weight")),
+    ]
+
+
+def forward_pass(layer: ExpertLayer, save_z: bool) -> tuple[Tensor, Tensor]:
+    """See `fused_operator`."""
+    if _has_few_rows(layer):
+        return forward_by_torch(layer, save_z)
+    x = layer.x
+    z = x.new_empty(layer.token.numel(), layer.w_in.shape[1]) if save_z else x.new_empty(0)
+    out = x.new_zeros(layer.num_tokens, x.shape[1], dtype=torch.float32)
+    _call(layer, z, backward=False, out=out)
+    return out.to(x.dtype), z
+
+
+def backward_pass(layer: ExpertLayer, grad: Tensor, z: Tensor, needs: list[bool]) -> list[Tensor]:
+    """See `fused_operator`."""
+    if _has_few_rows(layer):
+        return backward_by_torch(layer, grad, z, needs)
+    grads = layer.new_gradients([False, *needs[1:5], False])
+    empty = layer.expert_offsets.diff().eq(0)
+    for gradient in grads[1:5]:
+        if gradient.numel():
+            gradient[empty] = 0.0  # the others are written
+    x = layer.x
+    grad_x = x.new_zeros(layer.num_tokens, x.shape[1], dtype=torch.float32) if needs[0] else None
+    grad_weight = torch.zeros(layer.weight.shape, dtype=torch.float32) if needs[5] else None
+    names = ("grad_w_in", "grad_w_out", "grad_b_in", "grad_b_out")
+    written = {name: gradient for name, gradient in zip(names, grads[1:5]) if gradient.numel()}
+    _call(layer, z, backward=True, grad=grad.contiguous(), grad_x=grad_x, grad_weight=grad_weight, **written)
+    if grad_x is not None:
+        grads[0] = grad_x.to(x.dtype)
+    if grad_weight is not None:
+        grads[5] = grad_weight.to(layer.weight.dtype)
+    return grads
+
+
+moe_mlp_native = fused_operator("moe_mlp_native", forward_pass, backward_pass)
+
+
+def _has_few_rows(layer: ExpertLayer) -> bool:
+    return layer.token.numel() < FEWEST_ROWS * layer.w_out.shape[0]
+
+
+def _call(layer: ExpertLayer, z: Tensor, backward: bool, **results: Tensor | None) -> None:
+    found = library()
+    if isinstance(found, BuildError):
+        raise found
+    experts, width, expert_width = layer.w_out.shape
+    hidden = layer.w_in.shape[1]
+    if hidden * width * experts == 0 or layer.num_tokens == 0:
+        return
+    rows = max(1, min(LONGEST_CHUNK, CHUNK_BYTES // (4 * max(hidden, width)), layer.token.numel()))
+    tensors = {
+        **{"x": layer.x.contiguous(), "w_in": layer.w_in.contiguous(), "w_out": layer.w_out.contiguous()},
+        **{"b_in": layer.b_in, "b_out": layer.b_out},
+        **{"weight": layer.weight.float().contiguous(), "token": layer.token, "offsets": layer.expert_offsets},
+        **{"z": z if z.numel() else None, **results},
+    }
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items() if tensor is not None}
+    given = _Layer(
+        tokens=layer.num_tokens,
+        experts=experts,
+        width=width,
+        hidden=hidden,
+        expert_width=expert_width,
+        rows=rows,
+        activation=KINDS.index(GATED.get(layer.activation, layer.activation)),
+        gated=is_gated(layer.activation),
+        threads=torch.get_num_threads(),
+        has_z=z.numel() > 0,
+        **{name: tensor.data_ptr() for name, tensor in tensors.items()},
+    )
+    assert found.scatterfold_layer_bytes() == ctypes.sizeof(_Layer)
+    found.scatterfold_moe_mlp(ctypes.byref(given), layer.x.dtype == torch.bfloat16, backward)

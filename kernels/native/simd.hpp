@@ -1,0 +1,51 @@
+// Vectors of the widest registers that the compiler may use, and what is stored in two bytes.
+
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX512F__)
+constexpr int LANES = 16;
+constexpr int ROWS = 12;  // of a tile; with two vectors of columns its sums fill the registers
+#elif defined(__AVX__)
+constexpr int LANES = 8;
+constexpr int ROWS = 6;
+#else
+constexpr int LANES = 4;
+constexpr int ROWS = 6;
+#endif
+constexpr int COLUMNS = 2 * LANES;
+
+typedef float Vector __attribute__((vector_size(4 * LANES)));
+
+static inline Vector load(const float* from) {
+  Vector v;
+  std::memcpy(&v, from, sizeof v);
+  return v;
+}
+
+static inline void store(float* to, Vector v) { std::memcpy(to, &v, sizeof v); }
+
+struct BFloat16 {
+  uint16_t bits;
+};
+
+static inline float widen(float x) { return x; }
+
+static inline float widen(BFloat16 x) {
+  uint32_t bits = uint32_t(x.bits) << 16;
+  float wide;
+  std::memcpy(&wide, &bits, 4);
+  return wide;
+}
+
+static inline void narrow(float x, float& to) { to = x; }
+
+// Rounds to nearest, ties to even; NaN stays NaN.
+static inline void narrow(float x, BFloat16& to) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  to.bits = uint16_t(x == x ? rounded : 0x7fc0);
+}
