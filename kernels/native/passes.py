@@ -20,8 +20,8 @@ from .build import BuildError, library
 KINDS = ("silu", "gelu", "relu", "relu2", "clamped_swish")  # numbers of `Activation` in activations.hpp
 CHUNK_BYTES = 4 << 20  # of the widest buffer of a chunk, in float32
 LONGEST_CHUNK = 1024
-# Fewer rows an expert than this, and copying its weights into panels takes longer than the products.
-FEWEST_ROWS = 16
+# Fewer rows an expert than this, and copying its weights into panels costs more than it saves.
+FEWEST_ROWS = {torch.float32: 64, torch.bfloat16: 4}
 
 
 class _Layer(ctypes.Structure):
@@ -52,10 +52,10 @@ def backward_pass(layer: ExpertLayer, grad: Tensor, z: Tensor, needs: list[bool]
     if _has_few_rows(layer):
         return backward_by_torch(layer, grad, z, needs)
     grads = layer.new_gradients([False, *needs[1:5], False])
-    empty = layer.expert_offsets.diff().eq(0)
-    for gradient in grads[1:5]:
-        if gradient.numel():
-            gradient[empty] = 0.0  # the others are written
+    for expert in layer.expert_offsets.diff().eq(0).nonzero().flatten().tolist():  # the others are written
+        for gradient in grads[1:5]:
+            if gradient.numel():
+                gradient[expert].zero_()
     x = layer.x
     grad_x = x.new_zeros(layer.num_tokens, x.shape[1], dtype=torch.float32) if needs[0] else None
     grad_weight = torch.zeros(layer.weight.shape, dtype=torch.float32) if needs[5] else None
@@ -73,7 +73,7 @@ moe_mlp_native = fused_operator("moe_mlp_native", forward_pass, backward_pass)
 
 
 def _has_few_rows(layer: ExpertLayer) -> bool:
-    return layer.token.numel() < FEWEST_ROWS * layer.w_out.shape[0]
+    return layer.token.numel() < FEWEST_ROWS[layer.x.dtype] * layer.w_out.shape[0]
 
 
 def _call(layer: ExpertLayer, z: Tensor, backward: bool, **results: Tensor | None) -> None:

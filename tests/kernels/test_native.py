@@ -26,7 +26,7 @@ class Problem(CpuProblem):
 
 @pytest.fixture(autouse=True)
 def any_number_of_rows(monkeypatch):
-    monkeypatch.setattr(passes, "FEWEST_ROWS", 0)
+    monkeypatch.setattr(passes, "FEWEST_ROWS", dict.fromkeys(DTYPES, 0))
 
 
 @compiled
@@ -126,7 +126,7 @@ def test_compiles_without_graph_break(recompute):
 
 @compiled
 def test_few_rows_go_another_way_to_the_same_result(monkeypatch):
-    monkeypatch.setattr(passes, "FEWEST_ROWS", 1000)
+    monkeypatch.setattr(passes, "FEWEST_ROWS", dict.fromkeys(DTYPES, 1000))
     monkeypatch.setattr(passes, "library", None)  # would fail
     check(Problem(dtype=torch.bfloat16))
 
