@@ -36,9 +36,8 @@ def library() -> ctypes.CDLL | BuildError:
 
 
 def cache_folder() -> Path:
-    """Where compiled kernels are kept: $XDG_CACHE_HOME/scatterfold/kernels."""
-    home = os.environ.get("XDG_CACHE_HOME")
-    return (Path(home) if home else Path.home() / ".cache") / "scatterfold" / "kernels"
+    """Where compiled kernels are kept: ~/.cache/scatterfold, or what SCATTERFOLD_CACHE names."""
+    return Path(os.environ.get("SCATTERFOLD_CACHE") or Path.home() / ".cache" / "scatterfold")
 
 
 def _built() -> Path:
@@ -47,11 +46,11 @@ def _built() -> Path:
     compiler = shutil.which(os.environ.get("CXX") or "g++")
     if compiler is None:
         raise BuildError("there is no C++ compiler (g++, or what CXX names) to compile the kernels with")
-    target = cache_folder() / f"moe_mlp-{_key(compiler)}.so"
+    target = cache_folder() / f"native-{_key(compiler)}.so"
     if target.is_file():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
-    with (target.parent / "lock").open("w") as lock:  # of many ranks, one compiles
+    with (target.parent / "native.lock").open("w") as lock:  # of many ranks, one compiles
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not target.is_file():
             _compile(compiler, target)

@@ -132,7 +132,7 @@ def test_few_rows_go_another_way_to_the_same_result(monkeypatch):
 
 
 def test_without_a_compiler_there_is_one_line(monkeypatch, tmp_path):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("SCATTERFOLD_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("CXX", "no-such-compiler")
     found = build.library.__wrapped__()
     assert isinstance(found, build.BuildError) and "there is no C++ compiler" in str(found)
@@ -142,7 +142,7 @@ def test_without_a_compiler_there_is_one_line(monkeypatch, tmp_path):
     monkeypatch.setenv("CXX", str(failing))
     found = build.library.__wrapped__()
     assert str(found) == f"{failing} could not compile the kernels: x.cpp:1: error: no such thing"
-    assert [path.name for path in build.cache_folder().iterdir()] == ["lock"]
+    assert [path.name for path in build.cache_folder().iterdir()] == ["native.lock"]
 
 
 @compiled
@@ -152,7 +152,7 @@ def test_processes_that_start_together_compile_once(tmp_path):
     compiler.chmod(0o755)
     code = f"""
 import os
-os.environ.update(XDG_CACHE_HOME={str(tmp_path)!r}, CXX={str(compiler)!r})
+os.environ.update(SCATTERFOLD_CACHE={str(tmp_path)!r}, CXX={str(compiler)!r})
 from scatterfold.kernels.native.build import BuildError, library
 assert not isinstance(library(), BuildError), library()
 """
