@@ -24,14 +24,14 @@ def test_cpu_takes_cpp_kernels_for_fine_experts_and_where_it_cannot_multiply_bfl
     for flags, of_bfloat16 in (({"avx2"}, "native"), ({"avx2", "avx512_bf16"}, "cpu"), ({"amx_bf16"}, "cpu")):
         monkeypatch.setattr(refusal, "processor_flags", lambda flags=flags: flags)
         assert choose_backend(CPU, torch.bfloat16, 512, 1024).backend == of_bfloat16
-        assert choose_backend(CPU, torch.float32, 512, 256).backend == "native"
-        assert choose_backend(CPU, torch.float32, 512, 1024).backend == "cpu"
+        assert choose_backend(CPU, torch.float32, 512, 128).backend == "native"
+        assert choose_backend(CPU, torch.float32, 512, 256).backend == "cpu"
         assert choose_backend(CPU, torch.float64, 512, 256).backend == "cpu"
 
 
 def test_without_a_compiler_one_gemm_per_expert(monkeypatch):
     monkeypatch.setattr(refusal, "library", lambda: BuildError("there is no C++ compiler"))
-    choice = choose_backend(CPU, torch.float32, 512, 256)
+    choice = choose_backend(CPU, torch.float32, 512, 128)
     assert choice.backend == "cpu" and choice.why == "one GEMM per expert, because there is no C++ compiler"
     with pytest.raises(ConfigError, match="experts.backend='native' cannot run: there is no C"):
         check_serves("native", torch.zeros(1))

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from scatterfold.kernels import choose_backend
 from scatterfold.tools.bench.kernels import run as bench_run
 from scatterfold.tools.bench.kernels.case import Layer, Refused, draw_experts, leaf, make_case
 from scatterfold.tools.bench.kernels.check import reference
@@ -47,6 +48,11 @@ def entries_of(case: dict) -> dict[str, dict]:
 # What a run measures
 
 
+def default(dtype):
+    """What this processor runs: C++ kernels or torch's."""
+    return choose_backend(CPU, {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype], D, F).backend
+
+
 def test_every_case_has_ours_the_limits_and_the_peers(measured):
     cases = cases_of(measured)
     assert [(case["dtype"], case["direction"]) for case in cases] == [
@@ -57,7 +63,7 @@ def test_every_case_has_ours_the_limits_and_the_peers(measured):
         assert {"cpu", "torch", "reference", "dense_a", "dense_b", "pipeline"} <= set(status)
         for name in ("cpu", "torch", "reference", "dense_a", "dense_b", "pipeline"):
             assert status[name] == "ok", (name, entries_of(case)[name]["note"])
-        assert case["default"] == "cpu" and case["shape"]["tokens"] == T
+        assert case["default"] == default(case["dtype"]) and case["shape"]["tokens"] == T
 
 
 @pytest.mark.parametrize(
@@ -87,7 +93,7 @@ def test_figures_are_positive_and_follow_from_the_times(measured):
             assert len(entry["samples"]) >= LEAST and min(entry["samples"]) > 0
             assert entry["q1_ms"] <= entry["median_ms"] <= entry["q3_ms"]
             assert entry["median_ms"] == pytest.approx(sorted(entry["samples"])[len(entry["samples"]) // 2], rel=1e-3)
-            assert entry["to_ours"] == pytest.approx(entry["median_ms"] / entries["cpu"]["median_ms"])
+            assert entry["to_ours"] == pytest.approx(entry["median_ms"] / entries[case["default"]]["median_ms"])
             assert entry["to_dense_a"] == pytest.approx(entry["median_ms"] / entries["dense_a"]["median_ms"])
             assert entry["to_dense_b"] == pytest.approx(entry["median_ms"] / entries["dense_b"]["median_ms"])
             assert entry["tflops"] == pytest.approx(factor * T * K * D * F / entry["median_ms"] / 1e9)
@@ -134,10 +140,12 @@ def test_the_terminal_shows_the_same_table(scatterfold):
     assert outcome.code == 0
     assert outcome.err.splitlines() == ["measuring t32d32f16e4k2 fp32"]
     rows = [line.split("  ")[0] for line in outcome.out.splitlines()]
-    for name in ("ours: cpu", "ours: torch", "dense (a)", "dense (b)"):
+    for name in (f"ours: {default('fp32')}", "ours: torch", "dense (a)", "dense (b)"):
         assert rows.count(name) == 2
     assert "gather + F.grouped_mm" not in rows  # not asked for
-    assert set(entries_of(cases_of_file("out.json")[0])) == {"cpu", "torch", "dense_a", "dense_b", "liger"}
+    assert set(entries_of(cases_of_file("out.json")[0])) == {
+        *(default("fp32"), "torch", "dense_a", "dense_b", "liger"),
+    }
 
 
 def cases_of_file(path: str) -> list[dict]:
