@@ -118,7 +118,8 @@ class Pass {
 
   static size_t floats(const Layer& l, bool backward) {
     const Index m = l.rows;
-    Index total = 16 * 16 + m * (2 * l.expert_width + 2 * l.hidden + 2 * l.width + 4 * PADDING) + l.threads * (m + Workspace::SIZE);
+    Index total = 16 * 16 + l.threads * (m + Workspace::SIZE);
+    total += m * (2 * l.expert_width + 2 * l.hidden + 2 * l.width + 4 * PADDING);
     if (backward && !WIDE) total += l.width * (l.hidden + l.expert_width);
     return Arena::aligned(total);
   }
@@ -169,6 +170,7 @@ class Pass {
   bool again;  // a later chunk of the same expert
 
   Index thread() const { return omp_get_thread_num(); }
+  Index threads() const { return omp_get_num_threads(); }  // may be fewer than were asked for
   Workspace workspace() const {
     float* own = work + thread() * Workspace::SIZE;
     return {own, own + DEPTH * WIDTH};
@@ -178,7 +180,7 @@ class Pass {
   bool stores_z() const { return l.z != nullptr; }
   T* z_place(Index r) const { return static_cast<T*>(l.z) + (first + r) * l.hidden; }
   Index token(Index r) const { return l.token[first + r]; }
-  Place over_activation() const { return Place(count, l.expert_width, thread(), l.threads); }
+  Place over_activation() const { return Place(count, l.expert_width, thread(), threads()); }
 
   // Pointers to the rows of this chunk; wide copies of them where they are narrow.
   void start(Index e, Index begin, bool backward) {
@@ -195,7 +197,7 @@ class Pass {
         for (Index d = 0; d < l.width; d++) grad_w_out_rows[d] = to + d * l.expert_width;
       }
     }
-    const Range own = share(count, 1, thread(), l.threads);
+    const Range own = share(count, 1, thread(), threads());
     for (Index r = own.begin; r < own.end; r++) {
       x_rows[r] = row(l.x, x_wide, r);
       if (backward) grad_rows[r] = row(l.grad, grad_wide, r);
@@ -260,7 +262,7 @@ class Pass {
 
   // out[token] += a @ w_out^T + weight * b_out.
   void through_second() {
-    const Range columns = share(l.width, COLUMNS, thread(), l.threads);
+    const Range columns = share(l.width, COLUMNS, thread(), threads());
     multiply(ByRows{a_rows.data()}, Transposed<T>{w_out(), l.expert_width}, Range{0, count}, l.expert_width, columns,
              workspace(), true, token_sums.data());
     if (l.b_out == nullptr) return;
@@ -309,7 +311,7 @@ class Pass {
   void gradients_of_second() {
     if (l.grad_weight != nullptr) {
       const Index parts = over_activation().of_columns;
-      const Range own = share(count, 1, thread(), l.threads);
+      const Range own = share(count, 1, thread(), threads());
       for (Index r = own.begin; r < own.end; r++) {
         float sum = 0.0f;
         for (Index part = 0; part < parts; part++) sum += inner[part * l.rows + r];
@@ -317,7 +319,7 @@ class Pass {
       }
     }
     if (l.grad_w_out != nullptr) {
-      const Place own(l.width, l.expert_width, thread(), l.threads);
+      const Place own(l.width, l.expert_width, thread(), threads());
       multiply(ByColumns{grad_rows.data()}, Straight<float>{a_rows.data()}, own.rows, count, own.columns, workspace(),
                again, grad_w_out_rows.data());
     }
@@ -328,7 +330,7 @@ class Pass {
   // Of w_in, b_in and x.
   void gradients_of_first() {
     if (l.grad_w_in != nullptr) {
-      const Place own(l.hidden, l.width, thread(), l.threads);
+      const Place own(l.hidden, l.width, thread(), threads());
       multiply(ByColumns{dz_rows.data()}, Straight<float>{x_rows.data()}, own.rows, count, own.columns, workspace(),
                again, grad_w_in_rows.data());
     }
@@ -336,12 +338,12 @@ class Pass {
       sum_rows(dz_rows.data(), nullptr, l.hidden, static_cast<T*>(l.grad_b_in) + expert * l.hidden);
     if (l.grad_x != nullptr)
       multiply(ByRows{dz_rows.data()}, Straight<T>{w_in_rows.data()}, Range{0, count}, l.hidden,
-               share(l.width, COLUMNS, thread(), l.threads), workspace(), true, token_sums.data());
+               share(l.width, COLUMNS, thread(), threads()), workspace(), true, token_sums.data());
   }
 
   // to (+)= the sum of rows, by `scale`. Later chunks add to what is there.
   void sum_rows(const float* const* from, const float* scale, Index columns, T* to) {
-    const Range own = share(columns, COLUMNS, thread(), l.threads);
+    const Range own = share(columns, COLUMNS, thread(), threads());
     for (Index n = own.begin; n < own.end; n += COLUMNS) {
       const Index width = std::min<Index>(COLUMNS, own.end - n);
       float sum[COLUMNS];
@@ -357,7 +359,7 @@ class Pass {
   void narrowed(const float* from, void* all, Index size) {
     if (from == nullptr) return;
     T* to = static_cast<T*>(all) + expert * size;
-    const Range own = share(size, 64, thread(), l.threads);
+    const Range own = share(size, 64, thread(), threads());
     for (Index i = own.begin; i < own.end; i++) narrow(from[i], to[i]);
   }
 };

@@ -1,5 +1,6 @@
 """`moe_mlp_native` against a float64 loop over tokens and experts, and how it is compiled."""
 
+import os
 import subprocess
 import sys
 
@@ -58,6 +59,22 @@ def test_any_number_of_threads_and_chunks(dtype, threads, monkeypatch):
             check(Problem(COUNTS["long"], dtype=dtype, width=70, expert_width=40), recompute=recompute)
     finally:
         torch.set_num_threads(before)
+
+
+@compiled
+def test_fewer_threads_than_asked_for_do_all_of_the_work():
+    """OpenMP may give fewer, for its limits or inside another parallel region."""
+    code = """
+import torch
+from scatterfold.tests.kernels.test_native import COUNTS, DTYPES, Problem, check, passes
+torch.set_num_threads(4)
+passes.FEWEST_ROWS = dict.fromkeys(DTYPES, 0)
+check(Problem(COUNTS["long"], width=70, expert_width=40))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "OMP_THREAD_LIMIT": "2"}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
 
 
 @compiled
