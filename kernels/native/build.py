@@ -13,6 +13,9 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+from ..cache_folder import cache_folder
+from ..processor import cpuinfo
+
 SOURCES = Path(__file__).parent
 FLAGS = (
     *("-std=c++20", "-O3", "-march=native", "-mprefer-vector-width=512", "-fopenmp", "-shared", "-fPIC"),
@@ -33,11 +36,6 @@ def library() -> ctypes.CDLL | BuildError:
         return error
     except OSError as error:
         return BuildError(f"the compiled kernels cannot be used: {error}")
-
-
-def cache_folder() -> Path:
-    """Where compiled kernels are kept: ~/.cache/scatterfold, or what SCATTERFOLD_CACHE names."""
-    return Path(os.environ.get("SCATTERFOLD_CACHE") or Path.home() / ".cache" / "scatterfold")
 
 
 def _built() -> Path:
@@ -78,8 +76,4 @@ def _key(compiler: str) -> str:
 @functools.cache
 def processor_flags() -> frozenset[str]:
     """What the processor can do, in Linux's words."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return frozenset()
-    return frozenset(next((line.partition(":")[2] for line in lines if line.startswith("flags")), "").split())
+    return frozenset(cpuinfo("flags").split())

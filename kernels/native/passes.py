@@ -61,7 +61,7 @@ def backward_pass(layer: ExpertLayer, grad: Tensor, z: Tensor, needs: list[bool]
     grad_weight = torch.zeros(layer.weight.shape, dtype=torch.float32) if needs[5] else None
     names = ("grad_w_in", "grad_w_out", "grad_b_in", "grad_b_out")
     written = {name: gradient for name, gradient in zip(names, grads[1:5]) if gradient.numel()}
-    _call(layer, z, backward=True, grad=grad.contiguous(), grad_x=grad_x, grad_weight=grad_weight, **written)
+    _call(layer, z, backward=True, grad=grad, grad_x=grad_x, grad_weight=grad_weight, **written)
     if grad_x is not None:
         grads[0] = grad_x.to(x.dtype)
     if grad_weight is not None:
@@ -86,9 +86,8 @@ def _call(layer: ExpertLayer, z: Tensor, backward: bool, **results: Tensor | Non
         return
     rows = max(1, min(LONGEST_CHUNK, CHUNK_BYTES // (4 * max(hidden, width)), layer.token.numel()))
     tensors = {
-        **{"x": layer.x.contiguous(), "w_in": layer.w_in.contiguous(), "w_out": layer.w_out.contiguous()},
-        **{"b_in": layer.b_in, "b_out": layer.b_out},
-        **{"weight": layer.weight.float().contiguous(), "token": layer.token, "offsets": layer.expert_offsets},
+        **{"x": layer.x, "w_in": layer.w_in, "w_out": layer.w_out, "b_in": layer.b_in, "b_out": layer.b_out},
+        **{"weight": layer.weight.float(), "token": layer.token, "offsets": layer.expert_offsets},
         **{"z": z if z.numel() else None, **results},
     }
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items() if tensor is not None}

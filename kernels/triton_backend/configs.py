@@ -20,6 +20,8 @@ from pathlib import Path
 import torch
 import triton
 
+from ..cache_folder import cache_folder
+
 
 @dataclass(frozen=True)
 class Config:
@@ -222,9 +224,8 @@ def _tune(problem: Problem, device: torch.device, kernel: Callable[[Config], Non
 
 def cache_file(device: torch.device) -> Path:
     """Where tuned configurations of this device and version of triton are kept; SCATTERFOLD_CACHE names the folder."""
-    folder = os.environ.get("SCATTERFOLD_CACHE") or Path.home() / ".cache" / "scatterfold"
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    return Path(folder) / f"triton-{name.replace(' ', '-').replace('/', '-')}-{triton.__version__}.json"
+    return cache_folder() / f"triton-{name.replace(' ', '-').replace('/', '-')}-{triton.__version__}.json"
 
 
 def read_cache(path: Path) -> dict[str, Config]:

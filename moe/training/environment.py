@@ -21,6 +21,8 @@ from typing import Any
 
 import torch
 
+from ...kernels.processor import cpuinfo
+
 PACKAGES = (
     *("scatterfold", "torch", "triton", "numpy", "megatron-core", "safetensors", "tokenizers", "hydra-core"),
     *("transformers", "deepspeed", "wandb", "nvidia-nccl-cu12", "nvidia-nccl-cu13", "nvidia-cudnn-cu12"),
@@ -75,10 +77,7 @@ def device_name(device: torch.device) -> str:
     """What a person calls the device."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    with contextlib.suppress(OSError, StopIteration):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line for line in lines if line.startswith("model name")).partition(":")[2].strip()
-    return platform.processor() or platform.machine() or "CPU"
+    return cpuinfo("model name") or platform.processor() or platform.machine() or "CPU"
 
 
 def driver_version() -> str | None:

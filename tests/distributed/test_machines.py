@@ -146,5 +146,4 @@ def test_machines_that_do_not_meet(start, launcher, tmp_path, tiny, choose_port)
     _, err = alone.communicate(timeout=400)
     assert alone.returncode == 1
     assert err.count("\n") == 1, err
-    line = err
-    assert line.startswith("scatterfold: the machines of this run did not meet at localhost:")
+    assert err.startswith("scatterfold: the machines of this run did not meet at localhost:")
