@@ -1,4 +1,4 @@
-// Vectors of the widest registers that the compiler may use, and what is stored in two bytes.
+// Vectors of the widest registers that the compiler may use, what is stored in two bytes, and ranges of indices.
 
 #pragma once
 
@@ -17,7 +17,19 @@ constexpr int ROWS = 6;
 #endif
 constexpr int COLUMNS = 2 * LANES;
 
+typedef int64_t Index;
+
+struct Range {
+  Index begin, end;
+  Index size() const { return end > begin ? end - begin : 0; }
+};
+
+static inline Range operator+(Range range, Index by) { return {range.begin + by, range.end + by}; }
+
 typedef float Vector __attribute__((vector_size(4 * LANES)));
+typedef int32_t Integers __attribute__((vector_size(4 * LANES)));
+
+static inline Vector fill(float value) { return Vector{} + value; }
 
 static inline Vector load(const float* from) {
   Vector v;
@@ -26,6 +38,19 @@ static inline Vector load(const float* from) {
 }
 
 static inline void store(float* to, Vector v) { std::memcpy(to, &v, sizeof v); }
+
+// The first `lanes` only; the others are zero.
+static inline Vector load(const float* from, int lanes) {
+  if (lanes == LANES) return load(from);
+  Vector v{};
+  for (int i = 0; i < lanes; i++) v[i] = from[i];
+  return v;
+}
+
+static inline void store(float* to, Vector v, int lanes) {
+  if (lanes == LANES) return store(to, v);
+  for (int i = 0; i < lanes; i++) to[i] = v[i];
+}
 
 struct BFloat16 {
   uint16_t bits;

@@ -1,0 +1,50 @@
+// How threads wait for each other: for a short while awake, then they let others run.
+
+#pragma once
+
+#include <atomic>
+#include <sched.h>
+
+#include "layer.hpp"
+
+template <class Condition>
+static inline void wait_until(Condition met) {
+  for (int tries = 0; !met(); tries++) {
+    if (tries < 4096)
+      __builtin_ia32_pause();
+    else
+      sched_yield();
+  }
+}
+
+class Barrier {
+ public:
+  explicit Barrier(Index members) : members_(members) {}
+  void wait() {
+    if (members_ == 1) return;
+    const Index round = round_.load(std::memory_order_relaxed);
+    if (arrived_.fetch_add(1) + 1 == members_) {
+      arrived_.store(0, std::memory_order_relaxed);
+      round_.store(round + 1, std::memory_order_release);
+    } else {
+      wait_until([&] { return round_.load(std::memory_order_acquire) != round; });
+    }
+  }
+
+ private:
+  const Index members_;
+  std::atomic<Index> arrived_{0}, round_{0};
+};
+
+// Pieces come through one after the other.
+class Turn {
+ public:
+  explicit Turn(const Piece* first) : next_(first) {}
+  void wait_for(const Piece* piece) const {
+    wait_until([&] { return next_.load(std::memory_order_acquire) == piece; });
+  }
+  void pass() { next_.store(next_.load(std::memory_order_relaxed) + 1, std::memory_order_release); }
+
+ private:
+  std::atomic<const Piece*> next_;
+};
