@@ -99,7 +99,6 @@ class Crew {
   Index token(Index r) const { return l.token[piece->first + r]; }
   float weight(Index r) const { return l.weight[piece->first + r]; }
   Place over_activation(Index member) const { return Place(piece->count, l.expert_width, member, members); }
-  Columns of_hidden(const Place& own) const { return {own.columns, 1 + l.gated, l.expert_width}; }
 
   void forward_pass(Turn& turn, Index member) {
     pre_activation(member, true);
@@ -157,12 +156,23 @@ class Crew {
   // z = x @ w_in^T + b_in, and the weighted activation of it.
   void pre_activation(Index member, bool activated) {
     const Place own = over_activation(member);
-    multiply(ByRows<T>{x_rows.data()}, Transposed<T>{w_in(), l.width}, own.rows, l.width, of_hidden(own),
-             workspace(member), false, z_rows.data(), [&](Range rows, Range columns) {
-               for (Index r = rows.begin; r < rows.end; r++)
-                 for (int half = 0; half <= l.gated; half++) finish_z(r, columns + half * l.expert_width);
-               if (activated) activate(rows, columns);
-             });
+    const Columns columns{own.columns, 1 + l.gated, l.expert_width};
+    times_transposed(ByRows<T>{x_rows.data()}, Transposed<T>{w_in(), l.width}, own.rows, l.width, columns, member, false,
+                     z_rows.data(), [&](Range rows, Range columns) {
+                       for (Index r = rows.begin; r < rows.end; r++)
+                         for (int half = 0; half <= l.gated; half++) finish_z(r, columns + half * l.expert_width);
+                       if (activated) activate(rows, columns);
+                     });
+  }
+
+  // By the rows of a piece, not by those of a member: both passes give the same bits, whoever computes them.
+  template <class A, class Finished>
+  void times_transposed(A a, Transposed<T> b, Range rows, Index depth, Columns columns, Index member, bool add,
+                        float* const* c, Finished finished) {
+    if (piece->count <= FEW && FEW * depth <= DEPTH * WIDTH)
+      multiply_few(a, b, rows, depth, columns, workspace(member), add, c, finished);
+    else
+      multiply(a, b, rows, depth, columns, workspace(member), add, c, finished);
   }
 
   void finish_z(Index r, Range columns) {
@@ -194,8 +204,8 @@ class Crew {
   // out[token] += a @ w_out^T + weight * b_out.
   void through_second(Index member) {
     const Range columns = share(l.width, COLUMNS, member, members);
-    multiply(ByRows<float>{a_rows.data()}, Transposed<T>{w_out(), l.expert_width}, Range{0, piece->count},
-             l.expert_width, columns, workspace(member), true, token_sums.data());
+    times_transposed(ByRows<float>{a_rows.data()}, Transposed<T>{w_out(), l.expert_width}, Range{0, piece->count},
+                     l.expert_width, Columns{columns}, member, true, token_sums.data(), nothing);
     if (l.b_out == nullptr) return;
     const T* bias = static_cast<const T*>(l.b_out) + piece->expert * l.width;
     for (Index r = 0; r < piece->count; r++) {

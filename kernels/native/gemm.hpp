@@ -27,6 +27,8 @@ __attribute__((noinline)) static void put(const float* row, Index columns, bool 
   for (Index n = 0; n < columns; n++) to[n] = add ? to[n] + row[n] : row[n];
 }
 
+static inline void nothing(Range, Range) {}
+
 // A tile of R rows and COLUMNS columns, from copied blocks of A and B.
 template <int R, class A>
 static void tile(const float* a, Index depth, const float* b, float* const* c, Index columns, bool add) {
@@ -89,6 +91,37 @@ static void multiply_block(const float* a, const float* b, Range rows, Index dep
   }
 }
 
+template <class T>
+static float dot_product(const float* a, const T* b, Index depth) {
+  Vector sums[2]{};
+  Index k = 0;
+  for (; k + 2 * LANES <= depth; k += 2 * LANES)
+    for (int i = 0; i < 2; i++) sums[i] += load(a + k + i * LANES) * load_wide(b + k + i * LANES);
+  const Vector sum = sums[0] + sums[1];
+  float total = 0.0f;
+  for (int i = 0; i < LANES; i++) total += sum[i];
+  for (; k < depth; k++) total += a[k] * widen(b[k]);
+  return total;
+}
+
+// C (+)= A @ B for a few rows, without copying B, whose columns lie in a row each: that would take longer than it saves.
+constexpr Index FEW = 3;
+
+template <class A, class T, class Finished>
+static void multiply_few(A a, Transposed<T> b, Range rows, Index depth, Columns columns, Workspace work, bool add,
+                         float* const* c, Finished finished) {
+  for (Index m = rows.begin; m < rows.end; m++) copy(a, {m, m + 1}, {0, depth}, work.b + (m - rows.begin) * depth);
+  for (int p = 0; p < columns.parts; p++) {
+    const Range own = columns.first + p * columns.distance;
+    for (Index n = own.begin; n < own.end; n++) {
+      const float* row = work.b;
+      for (Index m = rows.begin; m < rows.end; m++, row += depth)
+        c[m][n] = dot_product(row, b.from + n * b.stride, depth) + (add ? c[m][n] : 0.0f);
+    }
+  }
+  finished(rows, columns.first);
+}
+
 // C[rows][columns] = A @ B, or += where `add`; row i of C is c[i]. Calls finished(rows, columns of the first part) for
 // what will not change any more, while it is in cache.
 template <class A, class B, class Finished>
@@ -119,5 +152,5 @@ static void multiply(A a, B b, Range rows, Index depth, Columns columns, Workspa
 
 template <class A, class B>
 static void multiply(A a, B b, Range rows, Index depth, Range columns, Workspace work, bool add, float* const* c) {
-  multiply(a, b, rows, depth, Columns{columns}, work, add, c, [](Range, Range) {});
+  multiply(a, b, rows, depth, Columns{columns}, work, add, c, nothing);
 }

@@ -12,16 +12,12 @@ import torch
 from torch import Tensor
 
 from ..activations import GATED, is_gated
-from ..cpu.passes import backward_pass as backward_by_torch
-from ..cpu.passes import forward_pass as forward_by_torch
 from ..fused_operator import ExpertLayer, fused_operator
 from .build import BuildError, library
 
 KINDS = ("silu", "gelu", "relu", "relu2", "clamped_swish")  # numbers of `Activation` in activations.hpp
-CHUNK_BYTES = 4 << 20  # of the widest buffer of a chunk, in float32
-LONGEST_CHUNK = 1024
-# Fewer rows an expert than this, and copying its weights into panels costs more than it saves.
-FEWEST_ROWS = {torch.float32: 64, torch.bfloat16: 4}
+PIECE_BYTES = 4 << 20  # of the widest buffer of a piece, in float32
+LONGEST_PIECE = 1024
 
 
 class _Layer(ctypes.Structure):
@@ -38,8 +34,6 @@ class _Layer(ctypes.Structure):
 
 def forward_pass(layer: ExpertLayer, save_z: bool) -> tuple[Tensor, Tensor]:
     """See `fused_operator`."""
-    if _has_few_rows(layer):
-        return forward_by_torch(layer, save_z)
     x = layer.x
     z = x.new_empty(layer.token.numel(), layer.w_in.shape[1]) if save_z else x.new_empty(0)
     out = x.new_zeros(layer.num_tokens, x.shape[1], dtype=torch.float32)
@@ -49,8 +43,6 @@ def forward_pass(layer: ExpertLayer, save_z: bool) -> tuple[Tensor, Tensor]:
 
 def backward_pass(layer: ExpertLayer, grad: Tensor, z: Tensor, needs: list[bool]) -> list[Tensor]:
     """See `fused_operator`."""
-    if _has_few_rows(layer):
-        return backward_by_torch(layer, grad, z, needs)
     grads = layer.new_gradients([False, *needs[1:5], False])
     for expert in layer.expert_offsets.diff().eq(0).nonzero().flatten().tolist():  # the others are written
         for gradient in grads[1:5]:
@@ -72,10 +64,6 @@ def backward_pass(layer: ExpertLayer, grad: Tensor, z: Tensor, needs: list[bool]
 moe_mlp_native = fused_operator("moe_mlp_native", forward_pass, backward_pass)
 
 
-def _has_few_rows(layer: ExpertLayer) -> bool:
-    return layer.token.numel() < FEWEST_ROWS[layer.x.dtype] * layer.w_out.shape[0]
-
-
 def _call(layer: ExpertLayer, z: Tensor, backward: bool, **results: Tensor | None) -> None:
     found = library()
     if isinstance(found, BuildError):
@@ -84,7 +72,7 @@ def _call(layer: ExpertLayer, z: Tensor, backward: bool, **results: Tensor | Non
     hidden = layer.w_in.shape[1]
     if hidden * width * experts == 0 or layer.num_tokens == 0:
         return
-    rows = max(1, min(LONGEST_CHUNK, CHUNK_BYTES // (4 * max(hidden, width)), layer.token.numel()))
+    rows = max(1, min(LONGEST_PIECE, PIECE_BYTES // (4 * max(hidden, width)), layer.token.numel()))
     tensors = {
         **{"x": layer.x, "w_in": layer.w_in, "w_out": layer.w_out, "b_in": layer.b_in, "b_out": layer.b_out},
         **{"weight": layer.weight.float(), "token": layer.token, "offsets": layer.expert_offsets},

@@ -24,9 +24,11 @@ class Problem(CpuProblem):
     function = staticmethod(moe_mlp_native)
 
 
-@pytest.fixture(autouse=True)
-def any_number_of_rows(monkeypatch):
-    monkeypatch.setattr(passes, "FEWEST_ROWS", dict.fromkeys(DTYPES, 0))
+@pytest.fixture
+def set_threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
 
 
 @compiled
@@ -40,16 +42,29 @@ def test_each_shape(dtype, counts, width, expert_width):
 @compiled
 @pytest.mark.parametrize("threads", [1, 2, 3, 7])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_any_number_of_threads_and_chunks(dtype, threads, monkeypatch):
-    """More threads than blocks of columns share out the rows; an expert of several chunks adds up its gradients."""
-    monkeypatch.setattr(passes, "LONGEST_CHUNK", 25)
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        for recompute in ("none", "all"):
-            check(Problem(COUNTS["long"], dtype=dtype, width=70, expert_width=40), recompute=recompute)
-    finally:
-        torch.set_num_threads(before)
+def test_any_number_of_threads_and_pieces(dtype, threads, monkeypatch, set_threads):
+    """More threads than blocks of columns share out the rows; an expert of several pieces adds up its gradients."""
+    monkeypatch.setattr(passes, "LONGEST_PIECE", 25)
+    set_threads(threads)
+    for recompute in ("none", "all"):
+        check(Problem(COUNTS["long"], dtype=dtype, width=70, expert_width=40), recompute=recompute)
+
+
+@compiled
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_experts_side_by_side_give_the_same_bits_each_time(dtype, set_threads):
+    """Of so many experts, threads work on several at once, and add to the sums by token in turn."""
+    problem = Problem([17, 3, 20, 0, 19, 18, 2, 20, 16, 1, 20, 15], dtype=dtype, width=70, expert_width=40, bias=True)
+    check(problem)
+    set_threads(1)
+    expected = problem.ours()
+    for threads in (2, 3, 4, 6):
+        set_threads(threads)
+        results = [problem.ours() for _ in range(5)]
+        for name, value in results[0].items():
+            assert all(torch.equal(value, other[name]) for other in results)
+            if threads < 4:  # one thread an expert
+                assert torch.equal(value, expected[name])
 
 
 @compiled
@@ -57,9 +72,8 @@ def test_fewer_threads_than_asked_for_do_all_of_the_work():
     """OpenMP may give fewer, for its limits or inside another parallel region."""
     code = """
 import torch
-from scatterfold.tests.kernels.test_native import COUNTS, DTYPES, Problem, check, passes
+from scatterfold.tests.kernels.test_native import COUNTS, Problem, check
 torch.set_num_threads(4)
-passes.FEWEST_ROWS = dict.fromkeys(DTYPES, 0)
 check(Problem(COUNTS["long"], width=70, expert_width=40))
 """
     done = subprocess.run(
@@ -90,10 +104,11 @@ def test_gradients_and_weights_in_any_layout():
 
 
 @compiled
-def test_few_rows_go_another_way_to_the_same_result(monkeypatch):
-    monkeypatch.setattr(passes, "FEWEST_ROWS", dict.fromkeys(DTYPES, 1000))
-    monkeypatch.setattr(passes, "library", None)  # would fail
-    check(Problem(dtype=torch.bfloat16))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rows", [1, 2, 3, 4])
+def test_few_rows(dtype, rows):
+    for width, expert_width in SHAPES:
+        check(Problem([rows, 0, rows], dtype=dtype, width=width, expert_width=expert_width, bias=True))
 
 
 def test_without_a_compiler_there_is_one_line(monkeypatch, tmp_path):

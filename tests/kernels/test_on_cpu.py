@@ -4,15 +4,13 @@ import pytest
 import torch
 
 from scatterfold.kernels import ACTIVATIONS
-from scatterfold.kernels.native import passes
 from scatterfold.tests.kernels import test_cpu, test_native
 from scatterfold.tests.kernels.expert_problem import NAMES, check, run
 from scatterfold.tests.kernels.test_cpu import COUNTS
 
 
 @pytest.fixture(params=["cpu", pytest.param("native", marks=test_native.compiled)])
-def Problem(request, monkeypatch):
-    monkeypatch.setattr(passes, "FEWEST_ROWS", dict.fromkeys(test_native.DTYPES, 0))
+def Problem(request):
     return {"cpu": test_cpu.Problem, "native": test_native.Problem}[request.param]
 
 
