@@ -8,7 +8,7 @@
 #include "activations.hpp"
 #include "arena.hpp"
 #include "gemm.hpp"
-#include "layer.hpp"
+#include "schedule.hpp"
 #include "waiting.hpp"
 
 // A member's place in a grid over a matrix: as many columns of members as there are panels, the rest over the rows.
@@ -43,8 +43,8 @@ class Crew {
     }
     inner = arena.take(members * m);
     scratch = arena.take(members * Workspace::SIZE);
-    for (auto* rows : {&x_rows, &grad_rows, &w_in_rows, &w_out_rows}) rows->resize(m);
-    for (auto* rows : {&z_rows, &token_sums}) rows->resize(m);
+    x_rows.resize(m), grad_rows.resize(m);
+    z_rows.resize(m), token_sums.resize(m);
     w_in_rows.resize(l.hidden), grad_w_in_rows.resize(l.hidden);
     w_out_rows.resize(l.width), grad_w_out_rows.resize(l.width);
     for (Index r = 0; r < m; r++) {
@@ -62,14 +62,14 @@ class Crew {
   }
 
   // Takes jobs until there are no more.
-  void work(const Jobs& jobs, std::atomic<size_t>& next, Turn& turn, Index member, bool backward) {
+  void work(const std::vector<Job>& jobs, std::atomic<size_t>& next, Turn& turn, Index member, bool backward) {
     for (;;) {
       if (member == 0) job = next++;
       barrier.wait();
       if (job >= jobs.size()) return;
-      const auto [begin, end] = jobs[job];
-      for (const Piece* piece = begin; piece < end; piece++) {
-        start(*piece, member, backward);
+      const Job own = jobs[job];
+      for (const Piece* next_piece = own.begin; next_piece < own.end; next_piece++) {
+        start(*next_piece, member, backward);
         backward ? backward_pass(turn, member) : forward_pass(turn, member);
       }
     }
@@ -103,7 +103,7 @@ class Crew {
   void forward_pass(Turn& turn, Index member) {
     pre_activation(member, true);
     barrier.wait();
-    turn.wait_for(piece);
+    turn.wait_for(piece->turn);
     through_second(member);
     barrier.wait();
     if (member == 0) turn.pass();
@@ -115,7 +115,7 @@ class Crew {
     gradient_of_activation(member);
     barrier.wait();
     gradients_of_weights(member);
-    turn.wait_for(piece);
+    turn.wait_for(piece->turn);
     gradient_of_x(member);
     barrier.wait();
     if (member == 0) turn.pass();
@@ -126,7 +126,7 @@ class Crew {
     }
   }
 
-  // Pointers to the rows of this piece->
+  // Pointers to the rows of this piece.
   void start(const Piece& next, Index member, bool backward) {
     if (member == 0) {
       piece = &next;
@@ -165,11 +165,11 @@ class Crew {
                      });
   }
 
-  // By the rows of a piece, not by those of a member: both passes give the same bits, whoever computes them.
+  // By the rows of an expert, not by those of a member: both passes give the same bits, however they are cut.
   template <class A, class Finished>
   void times_transposed(A a, Transposed<T> b, Range rows, Index depth, Columns columns, Index member, bool add,
                         float* const* c, Finished finished) {
-    if (piece->count <= FEW && FEW * depth <= DEPTH * WIDTH)
+    if (piece->of_expert <= FEW && FEW * depth <= DEPTH * WIDTH)
       multiply_few(a, b, rows, depth, columns, workspace(member), add, c, finished);
     else
       multiply(a, b, rows, depth, columns, workspace(member), add, c, finished);

@@ -23,56 +23,59 @@ struct Columns {
   Index distance = 0;
 };
 
-__attribute__((noinline)) static void put(const float* row, Index columns, bool add, float* to) {
-  for (Index n = 0; n < columns; n++) to[n] = add ? to[n] + row[n] : row[n];
+__attribute__((noinline)) static void put(Vector sum, Index columns, bool add, float* to) {
+  for (Index n = 0; n < columns; n++) to[n] = add ? to[n] + sum[n] : sum[n];
 }
 
 static inline void nothing(Range, Range) {}
 
-// A tile of R rows and COLUMNS columns, from copied blocks of A and B.
-template <int R, class A>
+// A tile of R rows and V vectors of columns, from copied blocks of A and B.
+template <int R, int V, Index ROW, Index STEP>
 static void tile(const float* a, Index depth, const float* b, float* const* c, Index columns, bool add) {
-  Vector sum[R][2];
+  Vector sum[R][V];
 #pragma GCC unroll 16
-  for (int i = 0; i < R; i++) {
-    sum[i][0] = sum[i][1] = Vector{};
-    __builtin_prefetch(c[i], 1);  // there when the sums are
-    __builtin_prefetch(c[i] + COLUMNS - 1, 1);
-    if (LANES == 16) __builtin_prefetch(c[i] + LANES, 1);
-  }
-  for (Index k = 0; k < depth; k++, a += A::STEP, b += COLUMNS) {
-    Vector b0 = load(b), b1 = load(b + LANES);
-#pragma GCC unroll 16
-    for (int i = 0; i < R; i++) {
-      float value = a[i * A::ROW];
-      sum[i][0] += value * b0;
-      sum[i][1] += value * b1;
-    }
-  }
-  if (columns >= COLUMNS) {
+  for (int i = 0; i < R; i++)
+#pragma GCC unroll 4
+    for (int v = 0; v < V; v++) sum[i][v] = Vector{};
+  const auto add_products = [&]() __attribute__((always_inline)) {
+    Vector of_b[V];
+#pragma GCC unroll 4
+    for (int v = 0; v < V; v++) of_b[v] = load(b + v * LANES);
 #pragma GCC unroll 16
     for (int i = 0; i < R; i++) {
-      store(c[i], add ? load(c[i]) + sum[i][0] : sum[i][0]);
-      store(c[i] + LANES, add ? load(c[i] + LANES) + sum[i][1] : sum[i][1]);
+      const float value = a[i * ROW];
+#pragma GCC unroll 4
+      for (int v = 0; v < V; v++) sum[i][v] += value * of_b[v];
     }
-  } else {
-    float row[COLUMNS];
-#pragma GCC unroll 16
-    for (int i = 0; i < R; i++) {
-      store(row, sum[i][0]);
-      store(row + LANES, sum[i][1]);
-      put(row, columns, add, c[i]);
-    }
+    a += STEP, b += COLUMNS;
+  };
+  // C comes into the cache meanwhile, a line at a time: more at once would keep A and B waiting.
+  const Index lines = std::min<Index>(depth, R * V);
+  for (Index k = 0; k < lines; k++) {
+    __builtin_prefetch(c[k / V] + k % V * LANES, 1);
+    add_products();
   }
+  for (Index k = lines; k < depth; k++) add_products();
+#pragma GCC unroll 16
+  for (int i = 0; i < R; i++)
+#pragma GCC unroll 4
+    for (int v = 0; v < V; v++) {
+      float* to = c[i] + v * LANES;
+      const Index lanes = columns - v * LANES;
+      if (lanes >= LANES)
+        store(to, add ? load(to) + sum[i][v] : sum[i][v]);
+      else
+        put(sum[i][v], lanes, add, to);
+    }
 }
 
-template <class A, int R = ROWS>
+template <int V, Index ROW, Index STEP, int R = ROWS>
 static void tile_of(Index rows, const float* a, Index depth, const float* b, float* const* c, Index columns, bool add) {
   if constexpr (R > 0) {
     if (rows == R)
-      tile<R, A>(a, depth, b, c, columns, add);
+      tile<R, V, ROW, STEP>(a, depth, b, c, columns, add);
     else
-      tile_of<A, R - 1>(rows, a, depth, b, c, columns, add);
+      tile_of<V, ROW, STEP, R - 1>(rows, a, depth, b, c, columns, add);
   }
 }
 
@@ -86,7 +89,7 @@ static void multiply_block(const float* a, const float* b, Range rows, Index dep
       const Index count = std::min<Index>(ROWS, rows.end - m);
       float* to[ROWS];
       for (Index i = 0; i < count; i++) to[i] = c[m + i] + n;
-      tile_of<A>(count, own, depth, b, to, columns.end - n, add);
+      tile_of<VECTORS, A::ROW, A::STEP>(count, own, depth, b, to, columns.end - n, add);
     }
   }
 }

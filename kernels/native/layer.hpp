@@ -31,7 +31,9 @@ inline Range share(Index count, Index unit, Index part, Index parts) {
 // Rows of one expert that are worked on at once.
 struct Piece {
   Index expert, first, count;
+  Index of_expert;  // rows of all of its pieces
   bool again, last;  // not the first of its expert; the last of it
+  Index turn;  // when it may add to the sums by token
 };
 
 inline std::vector<Piece> cut(const Layer& l) {
@@ -41,11 +43,8 @@ inline std::vector<Piece> cut(const Layer& l) {
     const Index parts = (rows + l.rows - 1) / l.rows;
     for (Index i = 0; i < parts; i++) {
       const Range own = share(rows, 1, i, parts);
-      pieces.push_back({e, begin + own.begin, own.size(), i > 0, i == parts - 1});
+      pieces.push_back({e, begin + own.begin, own.size(), rows, i > 0, i == parts - 1, Index(pieces.size())});
     }
   }
   return pieces;
 }
-
-// Pieces that one crew has to do, from the first on to before the second.
-typedef std::vector<std::pair<const Piece*, const Piece*>> Jobs;

@@ -8,9 +8,9 @@
 
 #include "simd.hpp"
 
-constexpr Index DEPTH = 256;  // the most of a block, along the sum
-constexpr Index WIDTH = 16 * COLUMNS;  // of a block of B
-constexpr Index HEIGHT = 3 * ROWS;  // of a block of A
+constexpr Index DEPTH = 192;  // the most of a block, along the sum
+constexpr Index WIDTH = 48 * LANES;  // of a block of B
+constexpr Index HEIGHT = 6 * ROWS;  // of a block of A
 
 // Row i is from[i]. Value k of row i of a copied block is at i * ROW + k: rows keep to themselves, apart by a distance
 // that is no power of two, as lines that are needed together must not fall on the same few places of a cache.

@@ -1,7 +1,7 @@
 """The two passes of `moe_mlp_native`: what `moe_mlp.cpp` is given, and what it gives back.
 
 Saved for backward as by every backend: x, the pre-activation z (N, 2F) and the routing tables. Temporaries are those of
-a chunk of rows of one expert. Everything is computed in float32; with bfloat16 inputs, z and results are rounded.
+a piece, rows of one expert. Everything is computed in float32; with bfloat16 inputs, z and results are rounded.
 """
 
 from __future__ import annotations
@@ -16,8 +16,10 @@ from ..fused_operator import ExpertLayer, fused_operator
 from .build import BuildError, library
 
 KINDS = ("silu", "gelu", "relu", "relu2", "clamped_swish")  # numbers of `Activation` in activations.hpp
-PIECE_BYTES = 4 << 20  # of the widest buffer of a piece, in float32
-LONGEST_PIECE = 1024
+# Of the widest buffer of a piece, in float32. Backward, where each piece is added to the gradients of its expert's weights,
+# gains by longer ones.
+PIECE_BYTES = {"forward": 4 << 20, "backward": 10 << 20}
+LONGEST_PIECE = 1280  # rows
 
 
 class _Layer(ctypes.Structure):
@@ -72,7 +74,8 @@ def _call(layer: ExpertLayer, z: Tensor, backward: bool, **results: Tensor | Non
     hidden = layer.w_in.shape[1]
     if hidden * width * experts == 0 or layer.num_tokens == 0:
         return
-    rows = max(1, min(LONGEST_PIECE, PIECE_BYTES // (4 * max(hidden, width)), layer.token.numel()))
+    most = PIECE_BYTES["backward" if backward else "forward"] // (4 * max(hidden, width))
+    rows = max(1, min(LONGEST_PIECE, most, layer.token.numel()))
     tensors = {
         **{"x": layer.x, "w_in": layer.w_in, "w_out": layer.w_out, "b_in": layer.b_in, "b_out": layer.b_out},
         **{"weight": layer.weight.float(), "token": layer.token, "offsets": layer.expert_offsets},

@@ -9,7 +9,7 @@ from .build import BuildError, library, processor_flags
 # Torch's GEMMs use these; ours compute in float32.
 _MULTIPLIES_BFLOAT16 = {"avx512_bf16", "amx_bf16"}
 # Of an expert, in float32: beyond, a GEMM of torch's for each expert is as fast or faster (docs/performance.md).
-_WIDEST = 768
+_WIDEST = 1024
 
 
 @torch.compiler.assume_constant_result

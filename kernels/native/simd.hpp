@@ -7,15 +7,16 @@
 
 #if defined(__AVX512F__)
 constexpr int LANES = 16;
-constexpr int ROWS = 12;  // of a tile; with two vectors of columns its sums fill the registers
+constexpr int VECTORS = 4;  // of columns of a tile
 #elif defined(__AVX__)
 constexpr int LANES = 8;
-constexpr int ROWS = 6;
+constexpr int VECTORS = 2;
 #else
 constexpr int LANES = 4;
-constexpr int ROWS = 6;
+constexpr int VECTORS = 2;
 #endif
-constexpr int COLUMNS = 2 * LANES;
+constexpr int ROWS = 6;  // of a tile, whose sums fill the registers
+constexpr int COLUMNS = VECTORS * LANES;
 
 typedef int64_t Index;
 

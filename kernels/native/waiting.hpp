@@ -5,7 +5,7 @@
 #include <atomic>
 #include <sched.h>
 
-#include "layer.hpp"
+#include "simd.hpp"
 
 template <class Condition>
 static inline void wait_until(Condition met) {
@@ -36,15 +36,13 @@ class Barrier {
   std::atomic<Index> arrived_{0}, round_{0};
 };
 
-// Pieces come through one after the other.
 class Turn {
  public:
-  explicit Turn(const Piece* first) : next_(first) {}
-  void wait_for(const Piece* piece) const {
-    wait_until([&] { return next_.load(std::memory_order_acquire) == piece; });
+  void wait_for(Index turn) const {
+    wait_until([&] { return now_.load(std::memory_order_acquire) == turn; });
   }
-  void pass() { next_.store(next_.load(std::memory_order_relaxed) + 1, std::memory_order_release); }
+  void pass() { now_.store(now_.load(std::memory_order_relaxed) + 1, std::memory_order_release); }
 
  private:
-  std::atomic<const Piece*> next_;
+  std::atomic<Index> now_{0};
 };

@@ -24,8 +24,8 @@ def test_cpu_takes_cpp_kernels_for_fine_experts_and_where_it_cannot_multiply_bfl
     for flags, of_bfloat16 in (({"avx2"}, "native"), ({"avx2", "avx512_bf16"}, "cpu"), ({"amx_bf16"}, "cpu")):
         monkeypatch.setattr(refusal, "processor_flags", lambda flags=flags: flags)
         assert choose_backend(CPU, torch.bfloat16, 512, 1024).backend == of_bfloat16
-        assert choose_backend(CPU, torch.float32, 512, 768).backend == "native"
-        assert choose_backend(CPU, torch.float32, 512, 1024).backend == "cpu"
+        assert choose_backend(CPU, torch.float32, 512, 1024).backend == "native"
+        assert choose_backend(CPU, torch.float32, 512, 2048).backend == "cpu"
         assert choose_backend(CPU, torch.float64, 512, 256).backend == "cpu"
 
 
