@@ -114,11 +114,10 @@ class Crew {
     if (!l.has_z) pre_activation(member, false);
     gradient_of_activation(member);
     barrier.wait();
+    if (piece->early) gradient_of_x(turn, member);
     gradients_of_weights(member);
-    turn.wait_for(piece->turn);
-    gradient_of_x(member);
+    if (!piece->early) gradient_of_x(turn, member);
     barrier.wait();
-    if (member == 0) turn.pass();
     if (!WIDE && last) {
       narrowed(w_in_wide, l.grad_w_in, l.hidden * l.width, member);
       narrowed(w_out_wide, l.grad_w_out, l.expert_width * l.width, member);
@@ -278,10 +277,13 @@ class Crew {
     }
   }
 
-  void gradient_of_x(Index member) {
-    if (l.grad_x == nullptr) return;
-    multiply(ByRows<float>{dz_rows.data()}, Straight<T>{w_in_rows.data()}, Range{0, piece->count}, l.hidden,
-             share(l.width, COLUMNS, member, members), workspace(member), true, token_sums.data());
+  void gradient_of_x(Turn& turn, Index member) {
+    turn.wait_for(piece->turn);
+    if (l.grad_x != nullptr)
+      multiply(ByRows<float>{dz_rows.data()}, Straight<T>{w_in_rows.data()}, Range{0, piece->count}, l.hidden,
+               share(l.width, COLUMNS, member, members), workspace(member), true, token_sums.data());
+    barrier.wait();
+    if (member == 0) turn.pass();
   }
 
   // The sum of rows, by their combine weights if `weighted`, for this expert's bias. Later pieces add to what is there.

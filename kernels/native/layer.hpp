@@ -34,6 +34,7 @@ struct Piece {
   Index of_expert;  // rows of all of its pieces
   bool again, last;  // not the first of its expert; the last of it
   Index turn;  // when it may add to the sums by token
+  bool early;  // in backward, does so before it computes gradients of weights
 };
 
 inline std::vector<Piece> cut(const Layer& l) {
@@ -43,7 +44,7 @@ inline std::vector<Piece> cut(const Layer& l) {
     const Index parts = (rows + l.rows - 1) / l.rows;
     for (Index i = 0; i < parts; i++) {
       const Range own = share(rows, 1, i, parts);
-      pieces.push_back({e, begin + own.begin, own.size(), rows, i > 0, i == parts - 1, Index(pieces.size())});
+      pieces.push_back({e, begin + own.begin, own.size(), rows, i > 0, i == parts - 1, Index(pieces.size()), false});
     }
   }
   return pieces;

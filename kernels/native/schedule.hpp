@@ -35,7 +35,8 @@ inline Index number_of_crews(const std::vector<Job>& jobs, Index threads) {
   return 1;
 }
 
-// Jobs are taken in their order, so those that run together are neighbours: their pieces take turns.
+// Jobs are taken in their order, so those that run together are neighbours: their pieces take turns. The first of them
+// does not wait with it until the end, or the others would idle there from the first piece on.
 inline void set_turns(std::vector<Job>& jobs, Index crews) {
   Index turn = 0;
   for (size_t first = 0; first < jobs.size(); first += crews) {
@@ -44,6 +45,9 @@ inline void set_turns(std::vector<Job>& jobs, Index crews) {
     for (size_t j = first; j < last; j++) most = std::max(most, jobs[j].pieces());
     for (Index i = 0; i < most; i++)
       for (size_t j = first; j < last; j++)
-        if (i < jobs[j].pieces()) jobs[j].begin[i].turn = turn++;
+        if (i < jobs[j].pieces()) {
+          jobs[j].begin[i].turn = turn++;
+          jobs[j].begin[i].early = j == first;
+        }
   }
 }
