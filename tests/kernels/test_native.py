@@ -16,8 +16,9 @@ CPU = torch.device("cpu")
 REFUSED = native_refuses(CPU, torch.float32)
 compiled = pytest.mark.skipif(REFUSED is not None, reason=str(REFUSED))
 DTYPES = [torch.float32, torch.bfloat16]
-# With width and expert width: around a tile (12 or 6 rows, 32 or 16 columns), and more than one block of each kind.
-SHAPES = [(16, 8), (7, 5), (33, 31), (64, 300), (540, 40)]
+# Width and expert width: around a tile (6 rows, 64 or 16 columns), and more than one block along the sum (192), of
+# columns (768, half of them gate), of rows (36).
+SHAPES = [(16, 8), (7, 5), (33, 31), (64, 420), (800, 40)]
 
 
 class Problem(CpuProblem):
