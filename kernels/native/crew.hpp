@@ -1,7 +1,8 @@
 // The threads that work on the same piece, and their temporaries.
 //
 // Each member does its own columns of a product (and rows, where there are fewer columns than members). Rows of tokens
-// are read where they lie, and sums by token are added where they lie, one piece after the other: same input, same bits.
+// are read where they lie, and sums by token are added where they lie, one piece after the other: same input, same
+// bits.
 
 #pragma once
 
@@ -31,7 +32,11 @@ class Crew {
   static constexpr bool WIDE = sizeof(T) == 4;
 
   Crew(const Layer& layer, Arena& arena, Index members, bool backward)
-      : l(layer), members(members), a_row(layer.expert_width + PADDING), z_row(layer.hidden + PADDING), barrier(members) {
+      : l(layer),
+        members(members),
+        a_row(layer.expert_width + PADDING),
+        z_row(layer.hidden + PADDING),
+        barrier(members) {
     const Index m = l.rows;
     a = arena.take(m * a_row);
     z = arena.take(m * z_row);
@@ -156,8 +161,8 @@ class Crew {
   void pre_activation(Index member, bool activated) {
     const Place own = over_activation(member);
     const Columns columns{own.columns, 1 + l.gated, l.expert_width};
-    times_transposed(ByRows<T>{x_rows.data()}, Transposed<T>{w_in(), l.width}, own.rows, l.width, columns, member, false,
-                     z_rows.data(), [&](Range rows, Range columns) {
+    times_transposed(ByRows<T>{x_rows.data()}, Transposed<T>{w_in(), l.width}, own.rows, l.width, columns, member,
+                     false, z_rows.data(), [&](Range rows, Range columns) {
                        for (Index r = rows.begin; r < rows.end; r++)
                          for (int half = 0; half <= l.gated; half++) finish_z(r, columns + half * l.expert_width);
                        if (activated) activate(rows, columns);

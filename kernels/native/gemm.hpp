@@ -1,6 +1,6 @@
 // C (+)= A @ B on one thread, where rows of A, B and C may lie anywhere: they are given by pointers.
 //
-// A block of B is copied into panels, a block of A into tiles (panels.hpp). Then each panel stays in the first cache
+// A block of B is copied into panels, a block of A into tiles (panels.hpp). Then each panel stays in the nearest caches
 // while the tiles run past it: a copy costs less than reading the operands over and over where they lie.
 
 #pragma once
@@ -107,7 +107,8 @@ static float dot_product(const float* a, const T* b, Index depth) {
   return total;
 }
 
-// C (+)= A @ B for a few rows, without copying B, whose columns lie in a row each: that would take longer than it saves.
+// C (+)= A @ B for a few rows, without copying B, whose columns lie in a row each: that would take longer than it
+// saves.
 constexpr Index FEW = 3;
 
 template <class A, class T, class Finished>

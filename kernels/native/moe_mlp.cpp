@@ -26,7 +26,8 @@ void run(const Layer& l, bool backward) {
       const Index count = number_of_crews(jobs, threads);
       set_turns(jobs, count);
       arena = std::make_unique<Arena>(count * Crew<T>::floats(l, threads / count, backward));
-      for (Index i = 0; i < count; i++) crews.push_back(std::make_unique<Crew<T>>(l, *arena, threads / count, backward));
+      for (Index i = 0; i < count; i++)
+        crews.push_back(std::make_unique<Crew<T>>(l, *arena, threads / count, backward));
     }
     const Index members = threads / Index(crews.size()), member = omp_get_thread_num() % members;
     Crew<T>& own = *crews[omp_get_thread_num() / members];

@@ -16,8 +16,8 @@ from ..fused_operator import ExpertLayer, fused_operator
 from .build import BuildError, library
 
 KINDS = ("silu", "gelu", "relu", "relu2", "clamped_swish")  # numbers of `Activation` in activations.hpp
-# Of the widest buffer of a piece. Backward, where each piece is added to the gradients of its expert's weights, gains by
-# longer ones; bfloat16 needs one buffer more.
+# Of the widest buffer of a piece. Backward, where each piece is added to the gradients of its expert's weights, gains
+# by longer ones; bfloat16 needs one buffer more.
 PIECE_BYTES = {"forward": 4 << 20, "backward": 10 << 20}
 LONGEST_PIECE = 1280  # rows
 
