@@ -109,9 +109,7 @@ static inline float activate_row_backward(const float* gate, const float* up, co
       store(d_gate + f, scaled * g.slope, lanes);
     }
   });
-  float sum = 0.0f;
-  for (int i = 0; i < LANES; i++) sum += inner[i];
-  return sum;
+  return sum_of(inner);
 }
 
 template <class Function>

@@ -74,7 +74,7 @@ class Crew {
       if (job >= jobs.size()) return;
       const Job own = jobs[job];
       for (const Piece* next_piece = own.begin; next_piece < own.end; next_piece++) {
-        start(*next_piece, member, backward);
+        start(next_piece, member, backward);
         backward ? backward_pass(turn, member) : forward_pass(turn, member);
       }
     }
@@ -99,6 +99,7 @@ class Crew {
   }
   const T* w_in() const { return static_cast<const T*>(l.w_in) + piece->expert * l.hidden * l.width; }
   const T* w_out() const { return static_cast<const T*>(l.w_out) + piece->expert * l.width * l.expert_width; }
+  const T* b_out() const { return static_cast<const T*>(l.b_out) + piece->expert * l.width; }
   bool stores_z() const { return l.z != nullptr; }
   T* z_place(Index r) const { return static_cast<T*>(l.z) + (piece->first + r) * l.hidden; }
   Index token(Index r) const { return l.token[piece->first + r]; }
@@ -131,9 +132,9 @@ class Crew {
   }
 
   // Pointers to the rows of this piece.
-  void start(const Piece& next, Index member, bool backward) {
+  void start(const Piece* next, Index member, bool backward) {
     if (member == 0) {
-      piece = &next;
+      piece = next;
       for (Index r = 0; r < piece->count; r++) {
         x_rows[r] = static_cast<const T*>(l.x) + token(r) * l.width;
         if (backward) grad_rows[r] = static_cast<const T*>(l.grad) + token(r) * l.width;
@@ -211,7 +212,7 @@ class Crew {
     times_transposed(ByRows<float>{a_rows.data()}, Transposed<T>{w_out(), l.expert_width}, Range{0, piece->count},
                      l.expert_width, Columns{columns}, member, true, token_sums.data(), nothing);
     if (l.b_out == nullptr) return;
-    const T* bias = static_cast<const T*>(l.b_out) + piece->expert * l.width;
+    const T* bias = b_out();
     for (Index r = 0; r < piece->count; r++) {
       float* to = token_sums[r];
       for (Index d = columns.begin; d < columns.end; d++) to[d] += weight(r) * widen(bias[d]);
@@ -270,14 +271,7 @@ class Crew {
     for (Index r = own.begin; r < own.end; r++) {
       float sum = 0.0f;
       for (Index part = 0; part < parts; part++) sum += inner[part * l.rows + r];
-      if (l.b_out != nullptr) {
-        const T* bias = static_cast<const T*>(l.b_out) + piece->expert * l.width;
-        const T* grad = grad_rows[r];
-        float of_bias = 0.0f;
-#pragma omp simd reduction(+ : of_bias)
-        for (Index d = 0; d < l.width; d++) of_bias += widen(grad[d]) * widen(bias[d]);
-        sum += of_bias;
-      }
+      if (l.b_out != nullptr) sum += dot_product(grad_rows[r], b_out(), l.width);
       l.grad_weight[piece->first + r] = sum;
     }
   }

@@ -23,43 +23,44 @@ struct Columns {
   Index distance = 0;
 };
 
-__attribute__((noinline)) static void put(Vector sum, Index columns, bool add, float* to) {
-  for (Index n = 0; n < columns; n++) to[n] = add ? to[n] + sum[n] : sum[n];
+// Out of line, or the compiler would keep all sums of a tile in memory.
+__attribute__((noinline)) static void put(Vector sum, int lanes, bool add, float* to) {
+  store(to, add ? load(to, lanes) + sum : sum, lanes);
 }
 
 static inline void nothing(Range, Range) {}
 
-// A tile of R rows and V vectors of columns, from copied blocks of A and B.
-template <int R, int V, Index ROW, Index STEP>
+// A tile of R rows and COLUMNS columns, from copied blocks of A and B.
+template <int R, class A>
 static void tile(const float* a, Index depth, const float* b, float* const* c, Index columns, bool add) {
-  Vector sum[R][V];
+  Vector sum[R][VECTORS];
 #pragma GCC unroll 16
   for (int i = 0; i < R; i++)
 #pragma GCC unroll 4
-    for (int v = 0; v < V; v++) sum[i][v] = Vector{};
+    for (int v = 0; v < VECTORS; v++) sum[i][v] = Vector{};
   const auto add_products = [&]() __attribute__((always_inline)) {
-    Vector of_b[V];
+    Vector of_b[VECTORS];
 #pragma GCC unroll 4
-    for (int v = 0; v < V; v++) of_b[v] = load(b + v * LANES);
+    for (int v = 0; v < VECTORS; v++) of_b[v] = load(b + v * LANES);
 #pragma GCC unroll 16
     for (int i = 0; i < R; i++) {
-      const float value = a[i * ROW];
+      const float value = a[i * A::ROW];
 #pragma GCC unroll 4
-      for (int v = 0; v < V; v++) sum[i][v] += value * of_b[v];
+      for (int v = 0; v < VECTORS; v++) sum[i][v] += value * of_b[v];
     }
-    a += STEP, b += COLUMNS;
+    a += A::STEP, b += COLUMNS;
   };
   // C comes into the cache meanwhile, a line at a time: more at once would keep A and B waiting.
-  const Index lines = std::min<Index>(depth, R * V);
+  const Index lines = std::min<Index>(depth, R * VECTORS);
   for (Index k = 0; k < lines; k++) {
-    __builtin_prefetch(c[k / V] + k % V * LANES, 1);
+    __builtin_prefetch(c[k / VECTORS] + k % VECTORS * LANES, 1);
     add_products();
   }
   for (Index k = lines; k < depth; k++) add_products();
 #pragma GCC unroll 16
   for (int i = 0; i < R; i++)
 #pragma GCC unroll 4
-    for (int v = 0; v < V; v++) {
+    for (int v = 0; v < VECTORS; v++) {
       float* to = c[i] + v * LANES;
       const Index lanes = columns - v * LANES;
       if (lanes >= LANES)
@@ -69,13 +70,13 @@ static void tile(const float* a, Index depth, const float* b, float* const* c, I
     }
 }
 
-template <int V, Index ROW, Index STEP, int R = ROWS>
+template <class A, int R = ROWS>
 static void tile_of(Index rows, const float* a, Index depth, const float* b, float* const* c, Index columns, bool add) {
   if constexpr (R > 0) {
     if (rows == R)
-      tile<R, V, ROW, STEP>(a, depth, b, c, columns, add);
+      tile<R, A>(a, depth, b, c, columns, add);
     else
-      tile_of<V, ROW, STEP, R - 1>(rows, a, depth, b, c, columns, add);
+      tile_of<A, R - 1>(rows, a, depth, b, c, columns, add);
   }
 }
 
@@ -89,21 +90,19 @@ static void multiply_block(const float* a, const float* b, Range rows, Index dep
       const Index count = std::min<Index>(ROWS, rows.end - m);
       float* to[ROWS];
       for (Index i = 0; i < count; i++) to[i] = c[m + i] + n;
-      tile_of<VECTORS, A::ROW, A::STEP>(count, own, depth, b, to, columns.end - n, add);
+      tile_of<A>(count, own, depth, b, to, columns.end - n, add);
     }
   }
 }
 
-template <class T>
-static float dot_product(const float* a, const T* b, Index depth) {
+template <class A, class B>
+static float dot_product(const A* a, const B* b, Index depth) {
   Vector sums[2]{};
   Index k = 0;
   for (; k + 2 * LANES <= depth; k += 2 * LANES)
-    for (int i = 0; i < 2; i++) sums[i] += load(a + k + i * LANES) * load_wide(b + k + i * LANES);
-  const Vector sum = sums[0] + sums[1];
-  float total = 0.0f;
-  for (int i = 0; i < LANES; i++) total += sum[i];
-  for (; k < depth; k++) total += a[k] * widen(b[k]);
+    for (int i = 0; i < 2; i++) sums[i] += load_wide(a + k + i * LANES) * load_wide(b + k + i * LANES);
+  float total = sum_of(sums[0] + sums[1]);
+  for (; k < depth; k++) total += widen(a[k]) * widen(b[k]);
   return total;
 }
 

@@ -3,7 +3,6 @@
 #pragma once
 
 #include <algorithm>
-#include <vector>
 
 #include "simd.hpp"
 
@@ -26,26 +25,4 @@ struct Layer {
 inline Range share(Index count, Index unit, Index part, Index parts) {
   const Index units = (count + unit - 1) / unit;
   return {std::min(count, units * part / parts * unit), std::min(count, units * (part + 1) / parts * unit)};
-}
-
-// Rows of one expert that are worked on at once.
-struct Piece {
-  Index expert, first, count;
-  Index of_expert;  // rows of all of its pieces
-  bool again, last;  // not the first of its expert; the last of it
-  Index turn;  // when it may add to the sums by token
-  bool early;  // in backward, does so before it computes gradients of weights
-};
-
-inline std::vector<Piece> cut(const Layer& l) {
-  std::vector<Piece> pieces;
-  for (Index e = 0; e < l.experts; e++) {
-    const Index begin = l.offsets[e], rows = l.offsets[e + 1] - begin;
-    const Index parts = (rows + l.rows - 1) / l.rows;
-    for (Index i = 0; i < parts; i++) {
-      const Range own = share(rows, 1, i, parts);
-      pieces.push_back({e, begin + own.begin, own.size(), rows, i > 0, i == parts - 1, Index(pieces.size()), false});
-    }
-  }
-  return pieces;
 }

@@ -120,19 +120,10 @@ static inline void transpose(Vector (&v)[LANES]) {
 }
 
 template <class T>
-static inline Vector load_wide(const T* from) {
-  float wide[LANES];
-  for (int i = 0; i < LANES; i++) wide[i] = widen(from[i]);
-  return load(wide);
-}
-
-static inline Vector load_wide(const float* from) { return load(from); }
-
-template <class T>
 static void pack(Transposed<T> b, Range depth, Range columns, float* to) {
   for (Index n = columns.begin; n < columns.end; n += COLUMNS, to += depth.size() * COLUMNS) {
-    for (int half = 0; half < COLUMNS; half += LANES) {
-      Index first = n + half;
+    for (int offset = 0; offset < COLUMNS; offset += LANES) {
+      Index first = n + offset;
       const T* from = b.from + first * b.stride;
       Index k = depth.begin;
       if (first + LANES <= columns.end) {
@@ -142,12 +133,12 @@ static void pack(Transposed<T> b, Range depth, Range columns, float* to) {
           for (int i = 0; i < LANES; i++) v[i] = load_wide(from + i * b.stride + k);
           transpose(v);
 #pragma GCC unroll 16
-          for (int i = 0; i < LANES; i++) store(to + (k - depth.begin + i) * COLUMNS + half, v[i]);
+          for (int i = 0; i < LANES; i++) store(to + (k - depth.begin + i) * COLUMNS + offset, v[i]);
         }
       }
       for (; k < depth.end; k++)
         for (int i = 0; i < LANES; i++)
-          to[(k - depth.begin) * COLUMNS + half + i] = first + i < columns.end ? widen(from[i * b.stride + k]) : 0.0f;
+          to[(k - depth.begin) * COLUMNS + offset + i] = first + i < columns.end ? widen(from[i * b.stride + k]) : 0.0f;
     }
   }
 }

@@ -16,14 +16,15 @@ from ..fused_operator import ExpertLayer, fused_operator
 from .build import BuildError, library
 
 KINDS = ("silu", "gelu", "relu", "relu2", "clamped_swish")  # numbers of `Activation` in activations.hpp
-# Of the widest buffer of a piece. Backward, where each piece is added to the gradients of its expert's weights, gains
-# by longer ones; bfloat16 needs one buffer more.
-PIECE_BYTES = {"forward": 4 << 20, "backward": 10 << 20}
+PIECE_BYTES = 4 << 20  # of the widest buffer of a piece, in float32
+# Backward, where each piece is added to the gradients of its expert's weights, gains by longer ones; bfloat16 needs one
+# buffer more.
+LONGER_PIECE_BYTES = 10 << 20
 LONGEST_PIECE = 1280  # rows
 
 
 class _Layer(ctypes.Structure):
-    """`Layer` of moe_mlp.cpp."""
+    """`Layer` of layer.hpp."""
 
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("tokens", "experts", "width", "hidden", "expert_width", "rows")),
@@ -74,7 +75,7 @@ def _call(layer: ExpertLayer, z: Tensor, backward: bool, **results: Tensor | Non
     hidden = layer.w_in.shape[1]
     if hidden * width * experts == 0 or layer.num_tokens == 0:
         return
-    size = PIECE_BYTES["backward" if backward and layer.x.dtype == torch.float32 else "forward"]
+    size = LONGER_PIECE_BYTES if backward and layer.x.dtype == torch.float32 else PIECE_BYTES
     rows = max(1, min(LONGEST_PIECE, size // (4 * max(hidden, width)), layer.token.numel()))
     tensors = {
         **{"x": layer.x, "w_in": layer.w_in, "w_out": layer.w_out, "b_in": layer.b_in, "b_out": layer.b_out},

@@ -5,7 +5,31 @@
 
 #pragma once
 
+#include <vector>
+
 #include "layer.hpp"
+
+// Rows of one expert that are worked on at once.
+struct Piece {
+  Index expert, first, count;
+  Index of_expert;  // rows of all of its pieces
+  bool again, last;  // not the first of its expert; the last of it
+  Index turn = 0;  // when it may add to the sums by token
+  bool early = false;  // in backward, does so before it computes gradients of weights
+};
+
+inline std::vector<Piece> cut(const Layer& l) {
+  std::vector<Piece> pieces;
+  for (Index e = 0; e < l.experts; e++) {
+    const Index begin = l.offsets[e], rows = l.offsets[e + 1] - begin;
+    const Index parts = (rows + l.rows - 1) / l.rows;
+    for (Index i = 0; i < parts; i++) {
+      const Range own = share(rows, 1, i, parts);
+      pieces.push_back({e, begin + own.begin, own.size(), rows, i > 0, i == parts - 1});
+    }
+  }
+  return pieces;
+}
 
 // What one crew does without a break: a piece in forward; all pieces of an expert in backward, as they add to the same
 // gradients.

@@ -53,6 +53,12 @@ static inline void store(float* to, Vector v, int lanes) {
   for (int i = 0; i < lanes; i++) to[i] = v[i];
 }
 
+static inline float sum_of(Vector v) {
+  float sum = 0.0f;
+  for (int i = 0; i < LANES; i++) sum += v[i];
+  return sum;
+}
+
 struct BFloat16 {
   uint16_t bits;
 };
@@ -65,6 +71,15 @@ static inline float widen(BFloat16 x) {
   std::memcpy(&wide, &bits, 4);
   return wide;
 }
+
+template <class T>
+static inline Vector load_wide(const T* from) {
+  float wide[LANES];
+  for (int i = 0; i < LANES; i++) wide[i] = widen(from[i]);
+  return load(wide);
+}
+
+static inline Vector load_wide(const float* from) { return load(from); }
 
 static inline void narrow(float x, float& to) { to = x; }
 

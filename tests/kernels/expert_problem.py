@@ -91,6 +91,21 @@ def run(problem, leaves, **options):
     return problem.function(x, w_in, w_out, routing, problem.activation, b_in, b_out, **options)
 
 
+def only_gradient(problem, name):
+    """The gradient of one input where no other needs one, and none is computed for another."""
+    leaves = {key: t.requires_grad_(key == name) for key, t in problem.leaves().items()}
+    run(problem, leaves).backward(problem.grad)
+    assert [key for key, t in leaves.items() if t.grad is not None] == [name]
+    return leaves[name].grad
+
+
+def check_without_assignments(problem, shape, **options):
+    """Where no token takes an expert, everything is zero."""
+    results = problem.without_assignments().ours(**options)
+    assert results["out"].shape == shape
+    assert all(not value.any() for value in results.values())
+
+
 def check(problem, **options):
     results, expected = problem.ours(**options), problem.expected()
     assert results.keys() == expected.keys()

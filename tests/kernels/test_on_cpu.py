@@ -5,7 +5,7 @@ import torch
 
 from scatterfold.kernels import ACTIVATIONS
 from scatterfold.tests.kernels import test_cpu, test_native
-from scatterfold.tests.kernels.expert_problem import NAMES, check, run
+from scatterfold.tests.kernels.expert_problem import NAMES, check, check_without_assignments, only_gradient, run
 from scatterfold.tests.kernels.test_cpu import COUNTS
 
 
@@ -26,9 +26,7 @@ def test_each_activation(Problem, activation, bias, recompute):
 def test_no_token_and_no_assignment(Problem, tokens, recompute):
     problem = Problem()
     problem.inputs["x"], problem.grad = torch.ones(tokens, 16), torch.ones(tokens, 16)
-    results = problem.without_assignments().ours(recompute=recompute)
-    assert results["out"].shape == (tokens, 16)
-    assert all(not value.any() for value in results.values())
+    check_without_assignments(problem, (tokens, 16), recompute=recompute)
 
 
 def test_experts_without_rows_do_not_touch_their_weights(Problem):
@@ -43,10 +41,7 @@ def test_experts_without_rows_do_not_touch_their_weights(Problem):
 @pytest.mark.parametrize("name", NAMES)
 def test_only_the_needed_gradient(Problem, name):
     problem = Problem()
-    leaves = {key: t.requires_grad_(key == name) for key, t in problem.leaves().items()}
-    run(problem, leaves).backward(problem.grad)
-    assert [key for key, t in leaves.items() if t.grad is not None] == [name]
-    assert torch.equal(leaves[name].grad, problem.ours()[name])
+    assert torch.equal(only_gradient(problem, name), problem.ours()[name])
 
 
 @pytest.mark.parametrize("recompute", ["none", "all"])

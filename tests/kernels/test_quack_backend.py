@@ -15,7 +15,16 @@ import torch
 from scatterfold.kernels import ACTIVATIONS, ConfigError, Routing, backends, moe_mlp, quack_backend
 from scatterfold.kernels.backends import check_serves, choose_backend
 from scatterfold.kernels.quack_backend import moe_mlp_quack
-from scatterfold.tests.kernels.expert_problem import NAMES, TOLERANCE, ExpertProblem, check, run, some_experts
+from scatterfold.tests.kernels.expert_problem import (
+    NAMES,
+    TOLERANCE,
+    ExpertProblem,
+    check,
+    check_without_assignments,
+    only_gradient,
+    run,
+    some_experts,
+)
 
 FAKE = Path(__file__).with_name("fake_quack.py")
 CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
@@ -103,19 +112,14 @@ def test_an_expanded_gradient_is_taken(quack):
 
 @pytest.mark.parametrize("tokens", [0, 4])
 def test_no_assignment(tokens, quack):
-    results = Problem(tokens=tokens).without_assignments().ours()
-    assert results["out"].shape == (tokens, 16)
-    assert all(not value.any() for value in results.values())
+    check_without_assignments(Problem(tokens=tokens), (tokens, 16))
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_only_the_needed_gradient(name, quack):
     problem = Problem()
-    leaves = {key: t.requires_grad_(key == name) for key, t in problem.leaves().items()}
-    run(problem, leaves).backward(problem.grad)
-    assert [key for key, t in leaves.items() if t.grad is not None] == [name]
     expected = problem.expected()[name]
-    assert (leaves[name].grad.double() - expected).norm() <= TOLERANCE[problem.dtype] * expected.norm()
+    assert (only_gradient(problem, name).double() - expected).norm() <= TOLERANCE[problem.dtype] * expected.norm()
 
 
 @pytest.mark.parametrize(("recompute", "rows_bytes"), [("none", 4 * 8), ("all", 0)])
